@@ -1,0 +1,64 @@
+"""The one door to linen: initialise a module and apply it to images.
+
+Everything outside `models/` sees parameters, the other collections, and two functions.
+"""
+
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+Tree = Any  # a nested dict of arrays
+
+STANDARDISE = "standardise"  # collection {"mean": [C], "std": [C]}: travels with the model, is never trained
+
+
+class Forward(NamedTuple):
+    """What one application of a model gives."""
+
+    outputs: Any  # [B, outputs], or whatever the module returns
+    features: dict[str, jax.Array]  # named block features [B, h, w, D] and "pooled" [B, D]
+    collections: Tree  # the non-parameter collections after the call
+
+
+def initialise(model: nn.Module, key: jax.Array, images: jax.Array) -> tuple[Tree, Tree]:
+    """Draws a module's parameters; returns (params, collections).
+
+    images: any batch [B, H, W, C] of the shape that will be trained on. The collections hold `batch_stats` where the
+    module has them, and `standardise` with mean 0 and deviation 1, to be replaced by the training set's.
+    """
+    shape = (1, *images.shape[1:])
+    variables = jax.jit(lambda key: model.init(key, jnp.zeros(shape, jnp.float32), False))(key)
+    collections = {name: tree for name, tree in variables.items() if name not in ("params", "perturbations")}
+    channels = images.shape[-1]
+    collections[STANDARDISE] = {"mean": jnp.zeros(channels), "std": jnp.ones(channels)}
+    return variables.get("params", {}), collections
+
+
+def standardised(images: jax.Array, collections: Tree) -> jax.Array:
+    """Images as the module sees them: uint8 becomes [0, 1], then (x - mean) / std per channel."""
+    if images.dtype == jnp.uint8:
+        images = images.astype(jnp.float32) / 255
+    if STANDARDISE in collections:
+        images = (images - collections[STANDARDISE]["mean"]) / collections[STANDARDISE]["std"]
+    return images
+
+
+def forward(
+    model: nn.Module, params: Tree, collections: Tree, images: jax.Array, *, train: bool, key: jax.Array | None = None
+) -> Forward:
+    """Applies a module to images [B, H, W, C], uint8 or float32 in [0, 1].
+
+    With `train` the batch statistics are used and their running values updated in the returned collections; without,
+    the collections come back unchanged. `key` feeds dropout and its like.
+    """
+    inputs = standardised(images, collections)
+    variables = {"params": params, **{k: v for k, v in collections.items() if k != STANDARDISE}}
+    rngs = None if key is None else {"dropout": key}
+    if not train:
+        outputs, features = model.apply(variables, inputs, False, rngs=rngs)  # pyright: ignore
+        return Forward(outputs, features, collections)
+    mutable = [name for name in variables if name != "params"]
+    (outputs, features), changed = model.apply(variables, inputs, True, rngs=rngs, mutable=mutable)  # pyright: ignore
+    return Forward(outputs, features, {**collections, **changed})
