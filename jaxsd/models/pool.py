@@ -1,0 +1,58 @@
+"""Pooling over space: NHWC, PyTorch's conventions."""
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from jaxsd.models.conv import IntOrPair, pair
+
+
+def _taps(x: jax.Array, window: IntOrPair, stride: IntOrPair, padding: IntOrPair, fill: float) -> list[jax.Array]:
+    """The window's positions as shifted slices [B, h, w, C] of the padded input, kh * kw of them."""
+    (kh, kw), (sh, sw), (ph, pw) = pair(window), pair(stride), pair(padding)
+    b, h, w, c = x.shape
+    rows, columns = (h + 2 * ph - kh) // sh + 1, (w + 2 * pw - kw) // sw + 1
+    x = lax.pad(x, jnp.array(fill, x.dtype), ((0, 0, 0), (ph, ph, 0), (pw, pw, 0), (0, 0, 0)))
+    return [
+        lax.slice(x, (0, i, j, 0), (b, i + sh * (rows - 1) + 1, j + sw * (columns - 1) + 1, c), (1, sh, sw, 1))
+        for i in range(kh)
+        for j in range(kw)
+    ]
+
+
+def max_pool(x: jax.Array, window: IntOrPair, stride: IntOrPair, padding: IntOrPair = 0) -> jax.Array:
+    """The maximum of each window of x [B, H, W, C]; padding never wins (minus infinity)."""
+    first, *others = _taps(x, window, stride, padding, -jnp.inf)
+    for tap in others:
+        first = jnp.maximum(first, tap)
+    return first
+
+
+def average_pool(x: jax.Array, window: IntOrPair, stride: IntOrPair, padding: IntOrPair = 0) -> jax.Array:
+    """The mean of each window of x [B, H, W, C]; padded zeros count, as in PyTorch."""
+    taps = _taps(x, window, stride, padding, 0.0)
+    return sum(taps[1:], taps[0]) / len(taps)
+
+
+def _bins(x: jax.Array, size: IntOrPair, reduce) -> jax.Array:
+    """Reduces rows, then columns, of x [B, H, W, C] over bins floor(i n / o) .. ceil((i + 1) n / o)."""
+    for axis, out in zip((1, 2), pair(size), strict=True):
+        n = x.shape[axis]
+        bins = [(i * n // out, -(-(i + 1) * n // out)) for i in range(out)]
+        x = jnp.stack([reduce(lax.slice_in_dim(x, low, high, axis=axis), axis) for low, high in bins], axis)
+    return x
+
+
+def adaptive_max_pool(x: jax.Array, size: IntOrPair) -> jax.Array:
+    """x [B, H, W, C] to [B, *size, C]: the maximum over bins floor(i n / o) .. ceil((i + 1) n / o)."""
+    return _bins(x, size, lambda part, axis: part.max(axis))
+
+
+def adaptive_average_pool(x: jax.Array, size: IntOrPair) -> jax.Array:
+    """x [B, H, W, C] to [B, *size, C]: the mean over bins floor(i n / o) .. ceil((i + 1) n / o)."""
+    return _bins(x, size, lambda part, axis: part.mean(axis))
+
+
+def global_average_pool(x: jax.Array) -> jax.Array:
+    """x [B, H, W, C] to [B, C]: the mean over space."""
+    return x.mean((1, 2))
