@@ -1,1 +1,7 @@
-"""objectives."""
+"""What is asked of a network: pure functions init and loss, one question per file."""
+
+from jaxsd.objectives.objective import Objective, masked_mean
+from jaxsd.objectives.rotation import rotation
+from jaxsd.objectives.supervised import supervised
+
+__all__ = ["Objective", "masked_mean", "rotation", "supervised"]
