@@ -1,0 +1,46 @@
+"""Which images form which batch: index batches as pure functions."""
+
+import jax
+import numpy as np
+
+from jaxsd.errors import UserError
+
+
+def epoch_batches(
+    key: jax.Array, n: int, batch_size: int, *, repeat: int = 1, drop_last: bool = False
+) -> tuple[np.ndarray, np.ndarray]:
+    """Batches of one epoch over `n` images in random order: index int32 [steps, B] and mask float32 [steps, B].
+
+    A pure function of the key. repeat: the epoch shows every image so many times, in that many independent orders
+    one after the other. B = batch_size, or n * repeat where that is less. The last batch is filled up with images
+    from the beginning of the order, with mask 0: whatever computes batch statistics sees only real images.
+    drop_last: leave an incomplete last batch out instead.
+    """
+    _check(n, batch_size)
+    if repeat < 1:
+        raise UserError(f"repeat must be at least 1: got {repeat}")
+    orders = [jax.random.permutation(part, n) for part in jax.random.split(key, repeat)]
+    order = np.concatenate([np.asarray(part, np.int32) for part in orders])
+    return _cut(order, min(batch_size, len(order)), drop_last)
+
+
+def ordered_batches(n: int, batch_size: int) -> tuple[np.ndarray, np.ndarray]:
+    """Batches over `n` images in order, each once: index int32 [steps, B] and mask float32 [steps, B].
+
+    B is always batch_size, so that one compiled step serves every set; the filling has mask 0.
+    """
+    _check(n, batch_size)
+    return _cut(np.arange(n, dtype=np.int32), batch_size, drop_last=False)
+
+
+def _check(n: int, batch_size: int) -> None:
+    if n < 1 or batch_size < 1:
+        raise UserError(f"batches need at least one image and a size of at least 1: got {n} images, size {batch_size}")
+
+
+def _cut(order: np.ndarray, size: int, drop_last: bool) -> tuple[np.ndarray, np.ndarray]:
+    """Cuts an order [n] into rows of `size`; the last row is dropped or filled from the beginning of the order."""
+    steps = len(order) // size if drop_last else -(-len(order) // size)
+    index = np.resize(order, (steps, size))
+    mask = np.arange(steps * size).reshape(steps, size) < len(order)
+    return index, mask.astype(np.float32)

@@ -1,0 +1,127 @@
+"""Which images go where: carving a split off, limited training sets, leaks between splits."""
+
+import hashlib
+
+import numpy as np
+
+from jaxsd.data.source import Source
+from jaxsd.errors import UserError
+
+
+def carve(labels_or_n: np.ndarray | int, share: float, *, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Parts a set in two at random: sorted positions (kept, carved), int64, together each position once.
+
+    labels_or_n: labels [N], and every class is parted in proportion, at least one image on each side where it has
+    two or more (a single image is kept); or only the number of images N, parted without regard to classes.
+    share: part that is carved off, in [0, 1). Nothing is carved at 0.
+    """
+    if not 0 <= share < 1:
+        raise UserError(f"the share to carve off must be in [0, 1): got {share}")
+    random = np.random.default_rng(seed)
+    if isinstance(labels_or_n, int | np.integer):
+        sizes, members = np.array([labels_or_n]), [np.arange(labels_or_n)]
+    else:
+        members = _members(np.asarray(labels_or_n))
+        sizes = np.array([len(positions) for positions in members])
+    counts = _proportional(sizes, share)
+    carved = [random.permutation(positions)[:count] for positions, count in zip(members, counts, strict=True)]
+    carved = np.sort(np.concatenate(carved)).astype(np.int64)
+    return np.setdiff1d(np.arange(sizes.sum(), dtype=np.int64), carved), carved
+
+
+def subset(
+    source: Source,
+    *,
+    total: int | None = None,
+    fraction: float | None = None,
+    per_class: int | None = None,
+    balanced: bool = False,
+    first: bool = False,
+    seed: int = 0,
+) -> np.ndarray:
+    """Sorted positions, int64, of a limited training set; all of them where no amount is given.
+
+    total, fraction (of all images, in (0, 1]): a plain random draw, so classes come out only roughly equal; with
+    `balanced` the same number of each class (one more in the first classes where it does not divide).
+    per_class: that many of each class. first: the first of each class in the order of the source, not random ones
+    (the few-label rule of RotNet, Gidaris et al., ICLR 2018); needs per_class or balanced.
+    With one seed, a smaller draw is part of a larger one. Raises UserError where more is asked than there is.
+    """
+    given = {"total": total, "fraction": fraction, "per_class": per_class}
+    named = [name for name, value in given.items() if value is not None]
+    if len(named) > 1:
+        raise UserError(f"give only one of total, fraction and per_class for a subset: got {' and '.join(named)}")
+    if not named:
+        return np.arange(len(source), dtype=np.int64)
+    if first and per_class is None and not balanced:
+        raise UserError("first=True takes the first images of each class: give per_class, or balanced=True with it")
+    random = np.random.default_rng(seed)
+    classes = len(source.classes)
+    if per_class is not None:
+        if per_class < 1:
+            raise UserError(f"per_class must be at least 1: got {per_class}")
+        return _per_class(source, np.full(classes, per_class), None if first else random)
+    total = _total(len(source), total, fraction)
+    if balanced:
+        shared = total // max(classes, 1) + (np.arange(classes) < total % max(classes, 1))
+        return _per_class(source, shared, None if first else random)
+    return np.sort(random.permutation(len(source))[:total]).astype(np.int64)
+
+
+def duplicates(a: Source, b: Source) -> int:
+    """How many images of `b` equal some image of `a` pixel for pixel (0 where the image sizes differ)."""
+    if a.shape != b.shape:
+        return 0
+    known = set(_row_hashes(a))
+    return sum(row in known for row in _row_hashes(b))
+
+
+def _members(labels: np.ndarray) -> list[np.ndarray]:
+    """Positions of each label that occurs, in increasing order of label."""
+    order = np.argsort(labels, kind="stable")
+    return np.split(order, np.flatnonzero(np.diff(labels[order])) + 1)
+
+
+def _proportional(sizes: np.ndarray, share: float) -> np.ndarray:
+    """Whole numbers near share * sizes that sum to round(share * sum), then moved off 0 and off the whole class."""
+    if share == 0:
+        return np.zeros_like(sizes)
+    exact = share * sizes
+    counts = np.floor(exact).astype(int)
+    missing = round(share * sizes.sum()) - counts.sum()
+    largest = np.argsort(counts - exact, kind="stable")
+    counts[largest[:missing]] += 1
+    return np.where(sizes >= 2, np.clip(counts, 1, np.maximum(sizes - 1, 1)), 0)
+
+
+def _total(available: int, total: int | None, fraction: float | None) -> int:
+    """The number of images to draw, checked."""
+    if fraction is not None:
+        if not 0 < fraction <= 1:
+            raise UserError(f"the fraction of a subset must be in (0, 1]: got {fraction}")
+        return max(1, round(fraction * available))
+    if total is None or not 1 <= total <= available:
+        raise UserError(f"a subset of {total} images was asked, but there are {available}: ask for 1 to {available}")
+    return total
+
+
+def _per_class(source: Source, wanted: np.ndarray, random: np.random.Generator | None) -> np.ndarray:
+    """Sorted positions of wanted[label] images of each class: random ones, or the first where `random` is None."""
+    if source.labels is None:
+        raise UserError("a subset per class was asked, but the images have no labels: give total or fraction")
+    fewest = int(np.bincount(source.labels, minlength=len(wanted)).min())
+    chosen = []
+    for label, count in enumerate(wanted):
+        positions = np.flatnonzero(source.labels == label)
+        if len(positions) < count:
+            raise UserError(
+                f"{count} images of each class were asked, but class '{source.classes[label]}' has {len(positions)}: "
+                f"ask for at most {fewest} per class, {fewest * len(wanted)} in total"
+            )
+        chosen.append((positions if random is None else random.permutation(positions))[:count])
+    return np.sort(np.concatenate(chosen)).astype(np.int64)
+
+
+def _row_hashes(source: Source) -> list[bytes]:
+    """One 16-byte hash per image."""
+    return [hashlib.blake2b(np.ascontiguousarray(row).data, digest_size=16).digest() for row in source.images]
