@@ -1,1 +1,6 @@
-"""models."""
+"""Networks: `build` makes one by name, the families' classes make any other."""
+
+from jaxsd.models.catalogue import BACKBONES, build
+from jaxsd.models.resnet import ResNet
+
+__all__ = ["BACKBONES", "ResNet", "build"]

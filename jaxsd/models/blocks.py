@@ -1,0 +1,118 @@
+"""What the network families share: their common fields, a convolution with its norm, a dense layer, initialisers."""
+
+from collections.abc import Callable
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from jaxsd.errors import UserError
+from jaxsd.models.conv import Conv, IntOrPair
+from jaxsd.models.norm import BatchNorm
+from jaxsd.models.pool import global_average_pool
+
+he_fan_out = nn.initializers.variance_scaling(2.0, "fan_out", "normal")  # torchvision's ResNets
+uniform_fan_in = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")  # +- 1 / sqrt(fan in), PyTorch's default
+
+
+def uniform_bias(fan_in: int) -> Callable[..., jax.Array]:
+    """PyTorch's default start of a bias: uniform in +- 1 / sqrt(fan_in) of the layer's kernel."""
+    limit = fan_in**-0.5
+    return lambda key, shape, dtype=jnp.float32: jax.random.uniform(key, shape, dtype, -limit, limit)
+
+
+class Linear(nn.Module):
+    """A dense layer in x's dtype, started as PyTorch starts one: uniform in +- 1 / sqrt(fan in), the bias too."""
+
+    features: int
+    use_bias: bool = True
+    kernel_init: Callable[..., jax.Array] = uniform_fan_in
+    bias_init: Callable[..., jax.Array] | None = None
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """x [B, D] to [B, features]."""
+        kernel = self.param("kernel", self.kernel_init, (x.shape[-1], self.features))
+        y = x @ kernel.astype(x.dtype)
+        if self.use_bias:
+            start = self.bias_init or uniform_bias(x.shape[-1])
+            y = y + self.param("bias", start, (self.features,)).astype(x.dtype)
+        return y
+
+
+class ConvNorm(nn.Module):
+    """Convolution, batch norm and, with `relu`, a ReLU; submodules "conv" and "norm".
+
+    `zero_scale` starts the norm's scale at zero, so that a residual branch ending here starts as nothing.
+    """
+
+    features: int
+    kernel_size: IntOrPair
+    stride: IntOrPair = 1
+    padding: IntOrPair = 0
+    use_bias: bool = False
+    relu: bool = True
+    zero_scale: bool = False
+    kernel_init: Callable[..., jax.Array] = he_fan_out
+    bias_init: Callable[..., jax.Array] = nn.initializers.zeros_init()
+
+    @nn.compact
+    def __call__(self, x: jax.Array, train: bool) -> jax.Array:
+        """x [B, H, W, C] to [B, h, w, features]."""
+        x = Conv(
+            self.features, self.kernel_size, self.stride, self.padding, self.use_bias,
+            kernel_init=self.kernel_init, bias_init=self.bias_init, name="conv",
+        )(x)  # fmt: skip
+        norm = BatchNorm(name="norm")
+        x = norm(x, train)
+        if self.zero_scale and self.is_initializing():
+            norm.put_variable("params", "scale", jnp.zeros(self.features))
+        return nn.relu(x) if self.relu else x
+
+
+class Backbone(nn.Module):
+    """The fields and the ending of every family; called as `model(images, train)` -> (outputs, features).
+
+    images: float32 [B, H, W, C], standardised. outputs: float32 [B, outputs]; with `outputs=0` there is no head and
+    the pooled features take their place. features: one [B, h, w, D] for each of `blocks`, in the compute dtype, and
+    "pooled" float32 [B, D], what the head reads; each passes through `perturb` as NAME_map, so that gradients with
+    respect to it can be had. `frozen` names top-level submodules that run in inference mode even in training: their
+    batch norms use the running statistics and leave them alone. `dtype` is that of the computation, parameters and
+    statistics are float32. Raises UserError on a frozen name that does not exist.
+    """
+
+    outputs: int = 1000
+    frozen: tuple[str, ...] = ()
+    dtype: Any = jnp.float32
+
+    def __post_init__(self) -> None:
+        unknown = sorted(set(self.frozen) - set(self.parts))
+        if unknown:
+            raise UserError(f"frozen parts {unknown} are not in {type(self).__name__}: choose from {list(self.parts)}")
+        super().__post_init__()
+
+    @property
+    def blocks(self) -> tuple[str, ...]:
+        """The names of the blocks whose features are shown, input first."""
+        raise NotImplementedError
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """The names of all top-level submodules, input first: what can be frozen or carried by name."""
+        return (*self.blocks, *(("head",) if self.outputs else ()))
+
+    def trains(self, name: str, train: bool) -> bool:
+        """Whether the part called `name` runs in training mode."""
+        return train and name not in self.frozen
+
+    def shown(self, features: dict[str, jax.Array], name: str, value: jax.Array) -> jax.Array:
+        """Notes `value` as the feature `name`; the network goes on with what is returned."""
+        features[name] = self.perturb(f"{name}_map", value)
+        return features[name]
+
+    def ending(self, features: dict[str, jax.Array], x: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
+        """Pools x [B, h, w, D] over space (or takes x [B, D] as it is), in float32, and applies the head."""
+        x = x.astype(jnp.float32)
+        x = self.shown(features, "pooled", global_average_pool(x) if x.ndim == 4 else x)
+        return (Linear(self.outputs, name="head")(x) if self.outputs else x), features
