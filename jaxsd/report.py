@@ -193,7 +193,8 @@ def _group(rows: list[Row], baseline: str, markdown: bool) -> list[str]:
     """The tables of one input and number of labels: the answer, then arms x blocks, then what else was measured."""
     arms = list(dict.fromkeys(row["arm"] for row in rows))
     found = {(row["arm"], row["evaluation"], row["block"], row["metric"]): row for row in rows}
-    keys = sorted(dict.fromkeys(key[1:] for key in found), key=lambda key: _place(key[0]))
+    place = {name: number for number, name in enumerate(EVALUATIONS)}
+    keys = sorted(dict.fromkeys(key[1:] for key in found), key=lambda key: place.get(key[0], -1))
     first = _primary(keys)
     counts = Counter((evaluation, metric) for evaluation, _, metric in keys)
     deep = [key for key in keys if counts[key[0], key[2]] > 1]
@@ -217,10 +218,6 @@ def _group(rows: list[Row], baseline: str, markdown: bool) -> list[str]:
     if rest := {key: _head(key, "") for key in single if key not in beside}:
         parts += [f"Further measures{legend}", lines(rest)]
     return parts
-
-
-def _place(evaluation: str) -> int:
-    return EVALUATIONS.index(evaluation) if evaluation in EVALUATIONS else -1
 
 
 def _primary(keys: list[Key]) -> Key:
@@ -365,7 +362,8 @@ def write(workdir: str | Path, summary: Row) -> None:
 
     Numbers that are not finite become null, so that any JSON reader takes the file.
     """
-    text = json.dumps(_plain(summary), indent=1, allow_nan=False, ensure_ascii=False)
+    plain = json.dumps(summary, default=lambda number: number.tolist())  # numpy's numbers and arrays
+    text = json.dumps(json.loads(plain, parse_constant=lambda name: None), indent=1, ensure_ascii=False)
     classes = per_class_table(summary, markdown=True)
     _replace(Path(workdir) / "table.md", table(summary, markdown=True) + ("\n" + classes if classes else ""))
     _replace(Path(workdir) / "summary.json", text + "\n")
@@ -387,17 +385,6 @@ def load(workdir: str | Path) -> Row:
 def read(workdir: str | Path) -> list[Row]:
     """The rows of a finished run, a list of dicts as pandas.DataFrame takes it; UserError where there are none."""
     return load(workdir)["rows"]
-
-
-def _plain(value: Any) -> Any:
-    """The same with nothing but what JSON knows."""
-    if isinstance(value, dict):
-        return {str(name): _plain(part) for name, part in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(part) for part in value]
-    if isinstance(value, np.generic | np.ndarray):
-        return _plain(value.tolist())
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _replace(path: Path, text: str) -> None:
