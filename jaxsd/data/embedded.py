@@ -5,12 +5,25 @@ import importlib.util
 from pathlib import Path
 
 import numpy as np
+from PIL import Image
 
 from jaxsd.data.source import Source, Splits
 from jaxsd.data.split import carve
 from jaxsd.errors import UserError
 
-SPLIT_SEED = 0  # neither set of digits has an official split: this one is fixed
+SPLIT_SEED = 0  # none of these sets has an official split: theirs is fixed
+PHOTOS = {  # class: package and file; every colour photograph that comes in the two wheels
+    "astronaut": ("skimage", "data/astronaut.png"),
+    "cat": ("skimage", "data/chelsea.png"),
+    "china": ("sklearn", "datasets/images/china.jpg"),
+    "coffee": ("skimage", "data/coffee.png"),
+    "flower": ("sklearn", "datasets/images/flower.jpg"),
+    "galaxies": ("skimage", "data/hubble_deep_field.jpg"),
+    "motorcycle": ("skimage", "data/motorcycle_left.png"),
+    "retina": ("skimage", "data/retina.jpg"),
+    "rocket": ("skimage", "data/rocket.jpg"),
+    "tissue": ("skimage", "data/ihc.png"),
+}
 
 
 def mnist5k(*, test: int = 1000, validation: float = 0.0) -> Splits:
@@ -32,6 +45,45 @@ def digits(*, test: int = 360, validation: float = 0.0) -> Splits:
     table = _integers(_package_file("sklearn", "datasets/data/digits.csv.gz"), 65)
     table[:, :-1] = np.rint(table[:, :-1] * (255 / 16))
     return _digit_splits("digits", table, 8, test, validation)
+
+
+def photos(*, size: int = 32, train_per_class: int = 200, test_per_class: int = 50) -> Splits:
+    """Crops of ten colour photographs, uint8 [N, size, size, 3]; the class is the photograph.
+
+    Each photograph is cut in two across its longer side: training crops come from one half, test crops from the
+    other, so no pixel is in both. A crop is half as high and wide as the half's shorter side (at least `size`, which
+    can be up to 225), resized with antialiasing; crops of one half overlap, none is taken twice. Their places are the
+    same in every run. Source: the photographs in the scikit-image and scikit-learn wheels.
+    """
+    train, test = _photo_crops("train", size, train_per_class), _photo_crops("test", size, test_per_class)
+    return Splits("photos", train, None, test)
+
+
+def _photo_crops(split: str, size: int, per_class: int) -> Source:
+    """The crops of one half of every photograph."""
+    images, names = [], []
+    for label, (name, (package, path)) in enumerate(PHOTOS.items()):
+        with Image.open(_package_file(package, path)) as photograph:
+            half = _half(photograph.convert("RGB"), split)
+        window = max(size, min(half.size) // 2)
+        columns, rows = half.width - window + 1, half.height - window + 1
+        if size < 1 or not 1 <= per_class <= rows * columns or window > min(half.size):
+            raise UserError(f"photos cannot give {per_class} crops of {size} pixels of '{name}': ask for less")
+        random = np.random.default_rng((SPLIT_SEED, label, split == "test"))
+        for place in random.permutation(rows * columns)[:per_class]:
+            top, left = divmod(int(place), columns)
+            box = (left, top, left + window, top + window)
+            images.append(np.asarray(half.resize((size, size), Image.Resampling.BICUBIC, box=box)))
+            names.append(f"{split}/{name}/y{top}_x{left}")
+    return Source(np.stack(images), np.repeat(np.arange(len(PHOTOS)), per_class), tuple(PHOTOS), tuple(names))
+
+
+def _half(photograph: Image.Image, split: str) -> Image.Image:
+    """The left or upper half for training, the other for testing; cut across the longer side."""
+    width, height = photograph.size
+    if width >= height:
+        return photograph.crop((0, 0, width // 2, height) if split == "train" else (width // 2, 0, width, height))
+    return photograph.crop((0, 0, width, height // 2) if split == "train" else (0, height // 2, width, height))
 
 
 def _digit_splits(name: str, table: np.ndarray, side: int, test: int, validation: float) -> Splits:

@@ -12,7 +12,7 @@ from jaxsd.errors import UserError
 CHUNK = 4096  # images converted at a time, so that wider copies stay small
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Source:
     """Images in memory, with their labels where there are any.
 
@@ -39,6 +39,9 @@ class Source:
             object.__setattr__(self, "classes", classes)
         if len(self.names) not in (0, len(self)):
             raise UserError(f"names must be one per image: got {len(self.names)} for {len(self)} images")
+
+    def __repr__(self) -> str:
+        return f"Source(images={list(self.images.shape)}, classes={len(self.classes)})"
 
     def __len__(self) -> int:
         return len(self.images)

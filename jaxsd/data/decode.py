@@ -1,0 +1,178 @@
+"""Image files to uint8 arrays of one size."""
+
+import os
+import warnings
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import NamedTuple
+
+import numpy as np
+from PIL import Image, ImageOps, UnidentifiedImageError
+from tqdm import tqdm
+
+from jaxsd.errors import UserError
+
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
+CANVASES = ("crop", "pad", "squash")
+MAX_SIDE = 30_000  # pixels; beyond, a file is an accident or an attack. Pillow itself refuses 179 million pixels
+RESAMPLING = Image.Resampling.BICUBIC  # in Pillow always antialiased
+
+
+class Layout(NamedTuple):
+    """What every image becomes: [height, width, channels]."""
+
+    size: tuple[int, int] | None  # (height, width); None: every image as large as it is
+    canvas: str  # "crop", "pad" or "squash"
+    channels: int  # 1 (gray) or 3
+
+
+class Decoded(NamedTuple):
+    """Decoded files in order, without those that could not be read."""
+
+    images: np.ndarray  # uint8 [N, H, W, C]
+    bad: dict[int, str]  # position of each unreadable file -> the reason
+    lasting: bool = True  # False where the system failed to give a file, which may go better next time
+
+
+class _Unreadable(NamedTuple):
+    """Why a file gave no image."""
+
+    reason: str
+    lasting: bool = True
+
+
+def layout(size: int | tuple[int, int] | None, canvas: str, channels: int) -> Layout:
+    """A checked Layout; a single number means a square."""
+    sides = (size, size) if isinstance(size, int) else size
+    if sides is not None and (len(sides) != 2 or not all(1 <= side <= MAX_SIDE for side in sides)):
+        raise UserError(f"size must be a number of pixels or (height, width), 1 to {MAX_SIDE}: got {size}")
+    if canvas not in CANVASES:
+        raise UserError(f"canvas '{canvas}' is not known: use one of {', '.join(CANVASES)}")
+    if channels not in (1, 3):
+        raise UserError(f"channels must be 1 (gray) or 3 (colour): got {channels}")
+    return Layout(None if sides is None else (sides[0], sides[1]), canvas, channels)
+
+
+def decode_all(paths: Sequence[str], names: Sequence[str], target: Layout) -> Decoded:
+    """Decodes files with one thread per core, with a progress bar where stderr is a terminal.
+
+    Raises UserError where target.size is None and the images differ in size.
+    """
+    out: np.ndarray = np.empty((0, 0, 0, 0), np.uint8)
+    first, count, lasting = "", 0, True
+    bad: dict[int, str] = {}
+    pool = ThreadPoolExecutor(_cores())
+    with warnings.catch_warnings(), tqdm(total=len(paths), desc="reading images", unit="", disable=None) as bar:
+        warnings.simplefilter("ignore")  # Pillow's, about odd but readable files
+        try:
+            for position, result in enumerate(pool.map(lambda path: _decode_or_reason(path, target), paths)):
+                bar.update()
+                if isinstance(result, _Unreadable):
+                    bad[position], lasting = result.reason, lasting and result.lasting
+                    continue
+                if not count:
+                    first, out = names[position], np.empty((len(paths), *result.shape), np.uint8)
+                if result.shape != out.shape[1:]:
+                    one, other = (f"{width}x{height}" for height, width, _ in (out.shape[1:], result.shape))
+                    raise UserError(f"images differ in size ({first} {one}, {names[position]} {other}): give size")
+                out[count] = result
+                count += 1
+        finally:
+            pool.shutdown(cancel_futures=True)
+    return Decoded(out[:count], bad, lasting)
+
+
+def fit(image: Image.Image, target: Layout) -> Image.Image:
+    """An 8-bit image on the target's canvas; one that has the target's size already is returned as it is.
+
+    crop: the largest centred part with the target's proportions, resized. pad: resized to fit inside, the rest filled
+    with the mean colour of the outermost pixels. squash: resized without regard to proportions. Bicubic, antialiased.
+    """
+    if target.size is None or image.size == target.size[::-1]:
+        return image
+    height, width = target.size
+    if target.canvas == "squash":
+        return image.resize((width, height), RESAMPLING)
+    if target.canvas == "crop":
+        part_width = min(image.width, image.height * width / height)
+        part_height = min(image.height, image.width * height / width)
+        left, top = int(image.width - part_width) // 2, int(image.height - part_height) // 2
+        return image.resize((width, height), RESAMPLING, box=(left, top, left + part_width, top + part_height))
+    factor = min(width / image.width, height / image.height)
+    inside = (max(1, round(image.width * factor)), max(1, round(image.height * factor)))
+    inner = image if inside == image.size else image.resize(inside, RESAMPLING)
+    padded = Image.new(image.mode, (width, height), _edge_colour(inner))
+    padded.paste(inner, ((width - inner.width) // 2, (height - inner.height) // 2))
+    return padded
+
+
+def eight_bit(image: Image.Image, channels: int) -> Image.Image:
+    """Any loaded image as 8-bit gray (channels 1) or RGB (3).
+
+    16-bit levels are scaled (65535 becomes 255). Whatever is transparent is laid on white.
+    """
+    if image.mode.startswith("I"):
+        levels = np.asarray(image)
+        if levels.min() < 0 or levels.max() > 65535:
+            raise ValueError("32-bit levels: save it with 8 or 16 bits")
+        image = Image.fromarray(np.rint(levels / 257).astype(np.uint8))
+    if image.mode == "F":
+        raise ValueError("floating-point levels: save it with 8 or 16 bits")
+    if image.has_transparency_data:
+        layer = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), layer).convert("RGB")
+    return image.convert("L" if channels == 1 else "RGB")
+
+
+def _decode_or_reason(path: str, target: Layout) -> np.ndarray | _Unreadable:
+    """A decoded image uint8 [H, W, C], or why there is none."""
+    try:
+        return _decode(path, target)
+    except UnidentifiedImageError:
+        return _Unreadable("no image of a known format")
+    except Image.DecompressionBombError:
+        return _Unreadable("too large")
+    except (OSError, MemoryError) as error:
+        system = isinstance(error, MemoryError) or error.errno is not None  # Pillow's own errors have no number
+        return _Unreadable(getattr(error, "strerror", None) or _first_line(error), lasting=not system)
+    except Exception as error:  # Pillow's readers let nearly any exception out when bytes are wrong
+        return _Unreadable(_first_line(error))
+
+
+def _decode(path: str, target: Layout) -> np.ndarray:
+    if os.path.getsize(path) == 0:
+        raise ValueError("empty file")
+    with Image.open(path, formats=FORMATS) as image:
+        if max(image.size) > MAX_SIDE:
+            raise ValueError(f"too large: {image.width}x{image.height} pixels")
+        if target.size is not None and image.format in ("JPEG", "MPO"):
+            _draft(image, target.size)
+        image.load()  # the first frame where there are several
+        upright = eight_bit(ImageOps.exif_transpose(image), target.channels)
+    pixels = np.asarray(fit(upright, target))
+    return pixels.reshape(*pixels.shape[:2], target.channels)
+
+
+def _draft(image: Image.Image, size: tuple[int, int]) -> None:
+    """Lets the JPEG decoder shrink a far larger image on the way, to no less than twice what is needed."""
+    needed = max(size) / min(image.size)  # holds for every canvas and every turn
+    if 2 * needed < 1:
+        image.draft(None, (int(2 * needed * image.width), int(2 * needed * image.height)))
+
+
+def _edge_colour(image: Image.Image) -> tuple[int, ...]:
+    """Mean colour of the outermost pixels."""
+    pixels = np.asarray(image).reshape(image.height, image.width, -1)
+    edges = np.concatenate([pixels[0], pixels[-1], pixels[1:-1, 0], pixels[1:-1, -1]])
+    return tuple(int(level) for level in np.rint(edges.mean(axis=0)))
+
+
+def _first_line(error: Exception) -> str:
+    """What an exception says, short."""
+    text = str(error).strip().splitlines()
+    return text[0][:100] if text else type(error).__name__
+
+
+def _cores() -> int:
+    """The number of cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -1,0 +1,148 @@
+"""Which image files a folder holds, in which split and class: by names only, nothing is opened."""
+
+import os
+import unicodedata
+from pathlib import Path
+from typing import NamedTuple
+
+from jaxsd.errors import UserError
+
+SPLIT_NAMES = {
+    "train": ("train", "training"),
+    "validation": ("val", "valid", "validation"),
+    "test": ("test", "testing"),
+}
+IMAGE_SUFFIXES = frozenset(".jpg .jpeg .jpe .jfif .png .apng .webp .bmp .gif .tif .tiff .ppm .pgm .pbm".split())
+# Images too, but of formats that are not read: they are named as unreadable instead of passed over in silence.
+FOREIGN_SUFFIXES = frozenset(".heic .heif .avif .jp2 .jxl .svg .psd .dng .cr2 .cr3 .nef .arw .raw".split())
+
+
+class Entry(NamedTuple):
+    """One image file of a folder."""
+
+    split: str  # "train", "validation" or "test"
+    category: str | None  # class name; None in a folder without class folders
+    name: str  # path relative to the folder, with "/" and in Unicode's composed form on every system
+    path: str
+    stamp: tuple[int, int, int]  # size and times of last change: another stamp means the file may have changed
+
+
+def scan(root: Path, *, test: str | None = None) -> list[Entry]:
+    """The images of a folder: train, validation, test, each sorted by class and name.
+
+    The folder holds one folder per class, or a level train / val / test above the class folders, or images only
+    (then there are no classes). The level is taken as one where a folder `train` has nothing or a validation or
+    test folder beside it, so that "train" may also be a class among others; other folders beside are passed over.
+    test: the folder that is the test split. Class folders are searched to any depth; hidden files and files that are
+    no images are passed over.
+    Raises UserError where the layout is none of these, or where a split has a class that train lacks.
+    """
+    if not root.exists():
+        raise UserError(f"the image folder {root} does not exist: check the path")
+    if not root.is_dir():
+        raise UserError(f"{root} is not a folder: give the folder that holds the class folders")
+    entries = []
+    for split, folder in _split_folders(root, test).items():
+        found = _split_entries(root, split, folder)
+        if not found:
+            raise UserError(f"no images were found in {folder}: it needs class folders with JPEG, PNG, ... files")
+        entries += found
+    _check_classes(root, entries)
+    return entries
+
+
+def _split_folders(root: Path, test: str | None) -> dict[str, Path]:
+    """The folder of every split; the root itself is the training split where there is no level of splits."""
+    folders = {item.name.lower(): Path(item.path) for item in _visible(root) if item.is_dir()}
+    found: dict[str, Path] = {}
+    for split, names in SPLIT_NAMES.items():
+        present = [name for name in names if name in folders]
+        if len(present) > 1:
+            raise UserError(f"{root} has the folders {' and '.join(present)}, which mean the same: keep one of them")
+        if present:
+            found[split] = folders[present[0]]
+    if test is not None:
+        if test.lower() not in folders:
+            raise UserError(f"test='{test}' names no folder in {root}: it has {', '.join(sorted(folders)) or 'none'}")
+        chosen = folders[test.lower()]
+        found = {split: folder for split, folder in found.items() if folder != chosen} | {"test": chosen}
+    others = [name for name in folders if folders[name] not in found.values()]
+    if "train" not in found and found and not others:
+        raise UserError(f"{root} has {', '.join(sorted(folders))} but no folder train: add it")
+    if "train" in found and (len(found) > 1 or not others):
+        return {split: found[split] for split in SPLIT_NAMES if split in found}
+    if test is not None:
+        raise UserError(f"test='{test}' needs a folder train beside it in {root}")
+    if len(folders) == 1 and (inner := next(iter(folders.values())) / "train").is_dir():
+        raise UserError(f"{root} holds a whole image set: give {inner.parent} as the path")
+    return {"train": root}
+
+
+def _split_entries(root: Path, split: str, folder: Path) -> list[Entry]:
+    """The images of one split, sorted by class and name."""
+    loose = [item for item in _visible(folder) if _is_image(item)]
+    entries = []
+    for item in _visible(folder):
+        if item.is_dir():
+            category = unicodedata.normalize("NFC", item.name)
+            entries += [_entry(root, split, category, image) for image in _images_below(Path(item.path), ())]
+    if loose and entries:
+        shown = ", ".join(item.name for item in loose[:3])
+        raise UserError(
+            f"{len(loose)} images in {folder} lie beside the class folders ({shown}): move them into one, or away"
+        )
+    entries = entries or [_entry(root, split, None, path) for path in loose]
+    return sorted(entries, key=lambda entry: (entry.category or "", entry.name))
+
+
+def _check_classes(root: Path, entries: list[Entry]) -> None:
+    """Raises UserError where another split has classes that the training split does not know."""
+    known = {entry.category for entry in entries if entry.split == "train"}
+    for split in ("validation", "test"):
+        unknown = {entry.category for entry in entries if entry.split == split} - known
+        if None in unknown or (unknown and None in known):
+            raise UserError(f"only one of train and {split} in {root} has class folders: add them or move {split}")
+        if unknown:
+            names = ", ".join(sorted(str(name) for name in unknown)[:20])
+            raise UserError(f"the {split} split of {root} has classes that train lacks: {names}; add or remove them")
+
+
+def _visible(folder: Path) -> list[os.DirEntry]:
+    """What a folder holds, sorted, without hidden things."""
+    try:
+        with os.scandir(folder) as items:
+            visible = [item for item in items if not item.name.startswith(".") and item.name != "__MACOSX"]
+    except OSError as error:
+        raise UserError(f"the folder {folder} cannot be read: {error.strerror}; check its permissions") from error
+    return sorted(visible, key=lambda item: item.name)
+
+
+def _is_image(item: os.DirEntry) -> bool:
+    """Whether this is a file, or a link that leads nowhere, with the name of an image."""
+    named = os.path.splitext(item.name)[1].lower() in IMAGE_SUFFIXES | FOREIGN_SUFFIXES
+    return named and (item.is_file() or not os.path.exists(item.path))
+
+
+def _images_below(folder: Path, above: tuple[Path, ...]) -> list[os.DirEntry]:
+    """All images below a folder; links are followed, but not back to a folder that they are in."""
+    place = folder.resolve()
+    if place in above:
+        return []
+    images = []
+    for item in _visible(folder):
+        if item.is_dir():
+            images += _images_below(Path(item.path), (*above, place))
+        elif _is_image(item):
+            images.append(item)
+    return images
+
+
+def _entry(root: Path, split: str, category: str | None, item: os.DirEntry) -> Entry:
+    """An image with its name relative to the root; a link that leads nowhere is kept, to be named as unreadable."""
+    name = os.path.relpath(item.path, root).replace(os.sep, "/")
+    try:
+        status = item.stat()
+    except FileNotFoundError:
+        status = item.stat(follow_symlinks=False)
+    stamp = (status.st_size, status.st_mtime_ns, status.st_ctime_ns)
+    return Entry(split, category, unicodedata.normalize("NFC", name), item.path, stamp)
