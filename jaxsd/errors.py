@@ -7,3 +7,11 @@ class UserError(Exception):
 
 class RunError(Exception):
     """A run that cannot go on (a non-finite loss, no checkpoint to start from). Exit status 1."""
+
+
+class Stopped(Exception):
+    """A signal asked the run to end and everything is saved. Exit status 128 + signal."""
+
+    def __init__(self, message: str, signal: int):
+        super().__init__(message)
+        self.signal = signal

@@ -1,0 +1,208 @@
+"""From a config to a recipe: the only file that sees a config, and the only one with tables of names."""
+
+import difflib
+import inspect
+import json
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from jaxsd import data, models
+from jaxsd.data.source import Splits
+from jaxsd.errors import UserError
+from jaxsd.models.probe import LinearProbe
+from jaxsd.objectives.rotation import TURNS, rotation
+from jaxsd.objectives.supervised import supervised
+from jaxsd.recipe import EVALUATIONS, Recipe
+from jaxsd.stage import Stage
+from jaxsd.train import optimiser, schedule
+from jaxsd.views import augment, view
+
+DATA = {
+    "mnist5k": data.mnist5k,
+    "digits": data.digits,
+}
+VIEWS = {"scale": view.scale, "stretch": view.stretch, "gray": view.gray, "harris": view.harris}
+AUGMENTS = {
+    "pad_crop": augment.pad_crop,
+    "flip_horizontal": augment.flip_horizontal,
+    "flip_vertical": augment.flip_vertical,
+}
+# name: (objective, how many outputs it needs of a network for data with so many classes)
+OBJECTIVES = {
+    "rotation": (rotation, lambda classes, turns=TURNS, **_: len(turns)),
+    "supervised": (supervised, lambda classes, **_: classes),
+}
+OPTIMISERS = {"sgd": optimiser.sgd, "adam": optimiser.adam, "adamw": optimiser.adamw, "lars": optimiser.lars}
+SCHEDULES = {"constant": schedule.constant, "steps": schedule.steps, "cosine": schedule.cosine}
+
+STAGE_KEYS = (
+    "objective", "optimiser", "schedule", "epochs", "batch_size", "on", "view", "augment", "repeat", "drop_last",
+    "match", "fresh", "freeze",
+)  # fmt: skip
+CONFIG_KEYS = (
+    "name", "preset", "data", "inputs", "unlabelled", "labels", "model", "stages", "arms", "probe", "evaluations",
+    "seeds", "baseline", "attention", "save_seconds",
+)  # fmt: skip
+
+Config = Mapping[str, Any]
+
+
+def load(config: Config) -> Splits:
+    """Reads the data that a config names."""
+    return _call(DATA, config["data"], "data")
+
+
+def recipe(config: Config, shape: tuple[int, int, int] = (32, 32, 3), classes: int = 10) -> Recipe:
+    """The recipe that a config (as a plain dict) describes, for images of a shape [H, W, C] and so many classes.
+
+    Raises UserError at anything that the functions named in it would not take; no data are read.
+    """
+    _known(config, CONFIG_KEYS, "config")
+    build = _Builder(config, shape, classes)
+    stages = {name: build.stage(name, part) for name, part in config["stages"].items()}
+    for name, arm in config["arms"].items():
+        for stage in arm:
+            _pick(stages, stage, f"arm {name!r}: stage")
+    arms = {name: tuple(stages[stage] for stage in arm) for name, arm in config["arms"].items()}
+    for stage in stages.values():
+        for name in stage.match:
+            _pick(stages, name, f"stage {stage.name!r}: match")
+    if config["baseline"] not in arms:
+        raise UserError(f"baseline {config['baseline']!r} is no arm: choose from {', '.join(arms)}")
+    for name in config["evaluations"]:
+        if name not in EVALUATIONS:
+            raise UserError(f"unknown evaluation {name!r}: choose from {', '.join(EVALUATIONS)}")
+    probes = {}
+    if config["probe"] is not None:
+        for name, arm in config["arms"].items():
+            if pretext := [stage for stage in arm if stages[stage].on != "labelled"]:
+                probes[name] = build.probe(config["probe"], config["stages"][pretext[-1]])
+    return Recipe(
+        name=config["name"],
+        arms=arms,
+        evaluations=tuple(config["evaluations"]),
+        baseline=config["baseline"],
+        seeds=tuple(config["seeds"]),
+        inputs={name: view.compose(*(_view(part) for part in parts)) for name, parts in config["inputs"].items()},
+        labels=dict(config["labels"]),
+        unlabelled=dict(config["unlabelled"]),
+        probe=probes,
+    )
+
+
+class _Builder:
+    """Makes stages; equal parts become the same object, so that stages which ask the same share a compilation."""
+
+    def __init__(self, config: Config, shape: tuple[int, int, int], classes: int):
+        self.model, self.side, self.classes = dict(config["model"]), max(shape[:2]), classes
+        self._made: dict[str, Any] = {}
+
+    def once(self, what: Any, make: Callable[[], Any]) -> Any:
+        key = json.dumps(what, sort_keys=True)
+        if key not in self._made:
+            self._made[key] = make()
+        return self._made[key]
+
+    def stage(self, name: str, part: Config) -> Stage:
+        _known(part, STAGE_KEYS, f"stage {name!r}")
+        frozen = tuple(part.get("freeze", ()))
+        function, outputs = _pick(OBJECTIVES, part["objective"]["name"], "objective")
+        count = outputs(self.classes, **_arguments(part["objective"]))
+        network = {**self.model, "outputs": count, "frozen": frozen, "resolution": self.side}
+        model = self.once(["model", network], lambda: models.build(**network))
+        return self._finish(name, part, model, network, function)
+
+    def probe(self, part: Config, pretext: Config) -> Stage:
+        _known(part, STAGE_KEYS, "probe")
+        _, outputs = _pick(OBJECTIVES, pretext["objective"]["name"], "objective")
+        count = outputs(self.classes, **_arguments(pretext["objective"]))
+        trunk = {**self.model, "outputs": count, "resolution": self.side}
+        network = {"trunk": trunk, "outputs": self.classes}
+        part = {"objective": {"name": "supervised"}, "on": "labelled", **part, "freeze": ("trunk",)}
+        model = self.once(["probe", network], lambda: LinearProbe(models.build(**trunk), outputs=self.classes))
+        return self._finish("probe", part, model, network, supervised, under="trunk")
+
+    def _finish(self, name: str, part: Config, model: Any, network: Any, function: Callable, under: str = "") -> Stage:
+        part = {**{k: tuple(v) if isinstance(v, list) else v for k, v in part.items()}}
+        where = f"stage {name!r}"
+        arguments = _arguments(part["objective"])
+        _check(function, arguments, f"{where}: objective {part['objective']['name']!r}", given=("model",))
+        objective = self.once(["objective", network, part["objective"]], lambda: function(model, **arguments))
+        augments = [_call(AUGMENTS, one, f"{where}: augment") for one in part.get("augment", ())]
+        if part.get("on", "unlabelled") not in ("unlabelled", "labelled"):
+            raise UserError(f"{where}: on must be 'unlabelled' or 'labelled', got {part['on']!r}")
+        plain = {k: part[k] for k in ("on", "batch_size", "repeat", "drop_last", "match", "fresh", "freeze") if k in part}
+        spec = {k: v for k, v in part.items() if k not in ("epochs", "match", "on")}
+        return Stage(
+            name=name,
+            model=model,
+            objective=objective,
+            optimiser=self.once(["optimiser", part["optimiser"]], lambda: _optimiser(part["optimiser"], where)),
+            schedule=_schedule(part["schedule"], where),
+            epochs=part["epochs"],
+            view=view.compose(*(_view(one) for one in part.get("view", ()))),
+            augment=augment.chain(*augments) if augments else None,
+            under=under,
+            spec=json.loads(json.dumps({"network": network, **spec})),
+            **plain,
+        )
+
+
+def _optimiser(spec: Config, where: str) -> Any:
+    wrapping = {"clip_norm": None, "accumulate": 1}
+    make = _call(OPTIMISERS, {k: v for k, v in spec.items() if k not in wrapping}, f"{where}: optimiser")
+    if spec.get("clip_norm") is not None:
+        make = optimiser.clip_norm(make, spec["clip_norm"])
+    return optimiser.with_rate(optimiser.accumulate(make, spec.get("accumulate", 1)))
+
+
+def _schedule(spec: Config, where: str) -> schedule.Schedule:
+    made = _call(SCHEDULES, {k: v for k, v in spec.items() if k != "warmup"}, f"{where}: schedule")
+    warm = spec.get("warmup")
+    if warm is None:
+        return made
+    _check(schedule.warmup, warm, f"{where}: schedule warmup", given=("schedule",))
+    return schedule.warmup(made, **warm)
+
+
+def _view(spec: Config) -> Callable:
+    if spec["name"] != "hybrid":
+        return _call(VIEWS, spec, "view")
+    arguments = _arguments(spec)
+    inner = _view(arguments.pop("view"))
+    _check(view.hybrid, arguments, "view 'hybrid'", given=("view",))
+    return view.hybrid(inner, **arguments)
+
+
+def _arguments(spec: Config) -> dict[str, Any]:
+    return {k: v for k, v in spec.items() if k != "name"}
+
+
+def _call(table: Mapping[str, Callable], spec: Config, what: str) -> Any:
+    """Calls the function that a spec {"name", **arguments} names; UserError where the arguments do not fit it."""
+    if "name" not in spec:
+        raise UserError(f"{what}: no name given: choose from {', '.join(table)}")
+    function, arguments = _pick(table, spec["name"], what), _arguments(spec)
+    _check(function, arguments, f"{what} {spec['name']!r}")
+    return function(**arguments)
+
+
+def _pick(table: Mapping[str, Any], name: str, what: str) -> Any:
+    if name not in table:
+        near = difflib.get_close_matches(str(name), table, len(table), 0)
+        raise UserError(f"{what}: {name!r} is unknown: choose from {', '.join(near)}")
+    return table[name]
+
+
+def _known(part: Config, known: tuple[str, ...], where: str) -> None:
+    for name in part:
+        _pick(dict.fromkeys(known), name, f"{where}: key")
+
+
+def _check(function: Callable, arguments: Config, where: str, given: tuple[str, ...] = ()) -> None:
+    parameters = {k: p for k, p in inspect.signature(function).parameters.items() if k not in given}
+    for name in arguments:
+        _pick(parameters, name, f"{where}: argument")
+    missing = [k for k, p in parameters.items() if p.default is p.empty and k not in arguments]
+    if missing:
+        raise UserError(f"{where} needs {', '.join(missing)}")

@@ -1,0 +1,90 @@
+"""What the command line does once its flags are read: process settings, data, experiment, summary, table."""
+
+import platform
+import signal
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from jaxsd import __version__, build, report, tuning
+from jaxsd.data.source import Splits, describe
+from jaxsd.data.split import duplicates
+from jaxsd.errors import UserError
+from jaxsd.measure import measure
+from jaxsd.recipe import Cell, Experiment
+from jaxsd.train.loop import Stop
+from jaxsd.workdir import fingerprint, log, start_log, write_json
+
+Config = dict[str, Any]
+
+
+def stop_on_signals(signals: Iterable[int]) -> Stop:
+    """A flag that the given signals set; a second one ends the process at once."""
+    stop = Stop()
+
+    def ask(number: int, frame: Any) -> None:
+        if stop.signal is not None:
+            signal.signal(number, signal.SIG_DFL)
+            signal.raise_signal(number)
+        stop.signal = number
+        log.info("%s: saving, then stopping (once more: stop at once)", signal.Signals(number).name)
+
+    for number in signals:
+        signal.signal(number, ask)
+    return stop
+
+
+def run(config: Config, workdir: Path, *, only: tuple[str, ...] = (), reuse: bool = False, stop: Stop) -> dict[str, Any]:
+    """Trains what is missing in the workdir, measures, writes summary.json and prints the table."""
+    for name in only:
+        if name not in config["arms"]:
+            raise UserError(f"--only: {name!r} is no arm: choose from {', '.join(config['arms'])}")
+    start_log(workdir / "log.txt")
+    tuning.tune_allocator()
+    tuning.cache_compilation()
+    splits = build.load(config)
+    log.info("%s", describe(splits))
+    classes = len(splits.train.classes)
+    recipe = build.recipe(config, splits.train.shape, classes)
+    experiment = Experiment(recipe, splits, workdir, stop=stop, save_seconds=config["save_seconds"])
+    cells = list(experiment.cells(only))
+    experiment.check(cells, reuse=reuse)
+    write_json(workdir / "config.json", config)
+    experiment.announce(cells)
+    rows = [row for cell in cells for row in measure(experiment, cell)]
+    summary = {**heading(config, splits), "rows": report.aggregate(rows, baseline=recipe.baseline)}
+    report.write(workdir, summary)
+    print(report.table(summary))
+    return summary
+
+
+def heading(config: Config, splits: Splits) -> dict[str, Any]:
+    """Everything in the summary but its rows."""
+    train, test = splits.train, splits.test
+    parts = [part.fingerprint() if part is not None else None for part in (train, splits.validation, test)]
+    return {
+        "config": config["name"],
+        "preset": config["preset"],
+        "version": __version__,
+        "seeds": list(config["seeds"]),
+        "baseline": config["baseline"],
+        "environment": {
+            "jax": jax.__version__,
+            "device": jax.local_devices()[0].device_kind,
+            "devices": jax.device_count(),
+            "python": platform.python_version(),
+        },
+        "data": {
+            "name": splits.name,
+            "train": len(train),
+            "validation": len(splits.validation or ()),
+            "test": len(test or ()),
+            "classes": len(train.classes),
+            "fingerprint": fingerprint(parts),
+            "duplicates_train_test": duplicates(train, test) if test is not None else None,
+        },
+        "notes": [f"left out, unreadable: {name}" for name in splits.skipped],
+    }
+

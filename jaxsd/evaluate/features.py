@@ -1,0 +1,61 @@
+"""What a trained network says of images: its outputs, and the features of every block."""
+
+import functools
+import math
+from collections.abc import Callable
+from typing import Any
+
+import flax.linen as nn
+import jax
+import numpy as np
+
+from jaxsd.data.batches import ordered_batches
+from jaxsd.models.forward import forward
+from jaxsd.models.pool import adaptive_average_pool
+
+Tree = Any
+WIDTH = 2048  # most features per block: a map is averaged to the largest square grid that fits
+
+
+@functools.lru_cache(maxsize=64)
+def _compiled(model: nn.Module, with_features: bool) -> Callable[..., Any]:
+    def apply(params: Tree, collections: Tree, images: jax.Array):
+        result = forward(model, params, collections, images, train=False)
+        return (result.outputs, {k: _flat(v) for k, v in result.features.items()} if with_features else {})
+
+    return jax.jit(apply)
+
+
+def _flat(feature: jax.Array) -> jax.Array:
+    """A feature map [B, h, w, D] as [B, s * s * D], averaged to an s x s grid; [B, D] stays."""
+    if feature.ndim == 2:
+        return feature
+    batch, height, width, channels = feature.shape
+    size = max(1, min(height, width, math.isqrt(WIDTH // channels)))
+    return adaptive_average_pool(feature, size).reshape(batch, -1)
+
+
+def _over(model: nn.Module, params: Tree, collections: Tree, images: np.ndarray, batch_size: int, features: bool):
+    function = _compiled(model, features)
+    index, masks = ordered_batches(len(images), batch_size)
+    parts = [function(params, collections, images[rows]) for rows in index]
+    parts = [
+        jax.tree.map(lambda x, mask=mask: np.asarray(x)[mask > 0], part)
+        for part, mask in zip(parts, masks, strict=True)
+    ]
+    return jax.tree.map(lambda *xs: np.concatenate(xs), *parts)
+
+
+def predict(model: nn.Module, params: Tree, collections: Tree, images: np.ndarray, *, batch_size: int = 256) -> Any:
+    """The module's outputs for uint8 images [N, H, W, C], as numpy; a dict of them where it returns a dict."""
+    return _over(model, params, collections, images, batch_size, False)[0]
+
+
+def block_features(
+    model: nn.Module, params: Tree, collections: Tree, images: np.ndarray, *, batch_size: int = 256
+) -> dict[str, np.ndarray]:
+    """Features {block: float32 [N, D]} of uint8 images, in inference mode, every block in one pass.
+
+    Maps are averaged over the largest square grid that leaves at most 2,048 numbers per image.
+    """
+    return _over(model, params, collections, images, batch_size, True)[1]

@@ -1,0 +1,258 @@
+"""One training run as a value: what is shown, what is asked, for how long, and what comes from the stage before."""
+
+import dataclasses
+import shutil
+import time
+import zlib
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import numpy as np
+import optax
+
+from jaxsd.data.source import Source
+from jaxsd.errors import UserError
+from jaxsd.models.forward import STANDARDISE
+from jaxsd.objectives.objective import Objective
+from jaxsd.train import loop
+from jaxsd.train.checkpoint import Checkpoints, restore_model
+from jaxsd.train.schedule import Schedule
+from jaxsd.train.state import State, carry, create, merge
+from jaxsd.train.step import Augment
+from jaxsd.views.view import compose
+from jaxsd.workdir import Journal, differences, fingerprint, log, read_json, write_json
+
+Tree = Any
+WEIGHTS_FORMAT = 1  # raised when the same stage would no longer give the same weights or the same files
+
+
+@dataclasses.dataclass(frozen=True)
+class Stage:
+    """One training run.
+
+    on: "unlabelled" or "labelled": which subset of the training images it sees.
+    view: the deterministic change of the data set (Source -> Source), such as scale(0.5).
+    repeat: times that an epoch shows each image (few images: more than 1 keeps epochs from being a single step).
+    match: names of stages whose pixels, summed, this stage is to show: `epochs` and the schedule are stretched.
+    fresh: modules that start anew instead of coming from the stage before; under: the submodule which takes the
+        stage before as a whole; freeze: modules without gradient (the model itself must run them in inference mode).
+    spec: the same as a JSON value, for the fingerprint: everything that decides the weights.
+    """
+
+    name: str
+    model: nn.Module
+    objective: Objective
+    optimiser: optax.GradientTransformation  # made by train.optimiser.with_rate
+    schedule: Schedule
+    epochs: int
+    batch_size: int = 128
+    on: str = "unlabelled"
+    view: Callable[[Source], Source] = compose()
+    augment: Augment | None = None
+    repeat: int = 1
+    drop_last: bool = False
+    match: tuple[str, ...] = ()
+    fresh: tuple[str, ...] = ()
+    under: str = ""
+    freeze: tuple[str, ...] = ()
+    spec: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+    def pixels(self, source: Source, epochs: float) -> float:
+        """Pixels of network input that so many epochs on the (viewed) source show."""
+        height, width, _ = source.shape
+        return epochs * self.repeat * len(source) * self.objective.views * height * width
+
+    def stretched(self, epochs: int) -> "Stage":
+        """The same stage over another number of epochs, its schedule stretched with it."""
+        schedule = self.schedule.stretched(epochs / self.epochs)
+        return dataclasses.replace(self, epochs=epochs, schedule=schedule, match=())
+
+
+class Run(NamedTuple):
+    """What identifies one run of a stage: where it stands in the tree, what it comes from, what it is given."""
+
+    stage: Stage
+    path: tuple[str, ...]  # names from the root
+    seed: int
+    data: str  # fingerprint of the images and labels that it is given, before its view
+    parent: str | None  # fingerprint of the stage before
+
+    def identity(self) -> dict[str, Any]:
+        """Everything that decides the weights, as a JSON value."""
+        return {
+            "stage": dict(self.stage.spec),
+            "epochs": self.stage.epochs,
+            "path": "/".join(self.path),
+            "seed": self.seed,
+            "data": self.data,
+            "parent": self.parent,
+            "format": WEIGHTS_FORMAT,
+        }
+
+    def fingerprint(self) -> str:
+        """Hash of the identity."""
+        return fingerprint(self.identity())
+
+    def folder(self, workdir: Path) -> Path:
+        """Where the run's files are."""
+        return Path(workdir, "stages", *self.path, f"seed{self.seed}")
+
+    def key(self) -> jax.Array:
+        """The key of the run: adding an arm or a stage elsewhere changes no other."""
+        return jax.random.fold_in(jax.random.key(self.seed), zlib.crc32("/".join(self.path).encode()))
+
+
+class Trained(NamedTuple):
+    """The weights of a finished stage."""
+
+    params: Tree
+    extra: Tree
+
+
+def data_of(source: Source) -> dict[str, np.ndarray]:
+    """A source as the loop takes it; unlabelled images get label 0, which no pretext task reads."""
+    labels = source.labels if source.labels is not None else np.zeros(len(source), np.int32)
+    return {"image": source.images, "label": labels}
+
+
+def start(
+    stage: Stage, key: jax.Array, source: Source, standard: tuple[np.ndarray, np.ndarray], parent: Trained | None
+) -> tuple[State, list[dict]]:
+    """The state that a stage begins with, and where each of its tensors came from."""
+    init_key, run_key = jax.random.split(key)
+    params, extra = stage.objective.init(init_key, {"image": source.images[:1]})
+    target = {"params": params, **{k: v for k, v in extra["model"].items() if k != STANDARDISE}}
+    if parent is None:
+        lines = [
+            {"tensor": "/".join(str(part.key) for part in path), "action": "fresh", "shape": list(leaf.shape)}
+            for path, leaf in jax.tree_util.tree_leaves_with_path(target)
+        ]
+    else:
+        given = {k: v for k, v in parent.extra["model"].items() if k != STANDARDISE}
+        target, lines = carry({"params": parent.params, **given}, target, fresh=stage.fresh, under=stage.under)
+    params, collections = target.pop("params"), target
+    mean, std = standard
+    collections[STANDARDISE] = {"mean": jax.numpy.asarray(mean), "std": jax.numpy.asarray(std)}
+    # The loop gives its buffers away: never those of the parent, which other stages start from too.
+    params, collections = jax.tree.map(jax.numpy.copy, (params, collections))
+    return create(run_key, params, {**extra, "model": collections}, stage.optimiser, freeze=stage.freeze), lines
+
+
+def plan_of(stage: Stage, key: jax.Array, images: int) -> loop.Plan:
+    """The stage's epochs, batches and rates over a set of so many images."""
+    shown = images * stage.repeat
+    batch_size = min(stage.batch_size, shown)
+    steps = shown // batch_size if stage.drop_last else -(-shown // batch_size)
+    return loop.Plan(
+        images=images,
+        batch_size=batch_size,
+        epochs=stage.epochs,
+        rates=stage.schedule.rates(stage.epochs, steps),
+        order=jax.random.fold_in(key, zlib.crc32(b"order")),
+        repeat=stage.repeat,
+        drop_last=stage.drop_last,
+    )
+
+
+def check_folder(run: Run, workdir: Path, *, reuse: bool = False) -> list[str]:
+    """What differs between the run and what lies in its folder; with `reuse` a folder of another run is removed."""
+    folder = run.folder(workdir)
+    found = read_json(folder / "stage.json")
+    if found is None or found == run.identity():
+        return []
+    if reuse:
+        log.info("%s seed %d: trained again, it was made differently", "/".join(run.path), run.seed)
+        shutil.rmtree(folder)
+        return []
+    return [f"{'/'.join(run.path)}/seed{run.seed}: {line}" for line in differences(found, run.identity())]
+
+
+def done(run: Run, workdir: Path) -> dict[str, Any] | None:
+    """The record of a finished run; None where it has not finished."""
+    record = read_json(run.folder(workdir) / "done.json")
+    return record if record is not None and record["fingerprint"] == run.fingerprint() else None
+
+
+def run_stage(
+    run: Run,
+    source: Source,
+    *,
+    standard: tuple[np.ndarray, np.ndarray],
+    parent: Trained | None = None,
+    workdir: Path | None = None,
+    validation: Source | None = None,
+    stop: loop.Stop | None = None,
+    save_seconds: float = 60.0,
+) -> Trained:
+    """Trains a stage on a source (before its view), or goes on where it was stopped; returns the weights.
+
+    With a workdir everything is written to the run's folder, done.json last. standard: mean and deviation per channel
+    of the images in [0, 1]. Raises UserError where a tensor of the parent has no place or is missing.
+    """
+    stage, key = run.stage, run.key()
+    viewed = stage.view(source)
+    state, lines = start(stage, key, viewed, standard, parent)
+    plan = plan_of(stage, key, len(viewed))
+    watch = loop.Watch(where=f"{'/'.join(run.path)} seed {run.seed}", stop=stop or loop.Stop())
+    _say_beginning(watch.where, stage, viewed, plan)
+    if validation is not None:
+        watch.validate = _validation(stage, data_of(stage.view(validation)))
+    if workdir is None:
+        state = loop.run(state, data_of(viewed), plan, stage.objective, stage.optimiser, stage.augment, watch=watch)
+        return Trained(merge(state.params, state.frozen), state.extra)
+    folder = run.folder(workdir)
+    write_json(folder / "stage.json", run.identity())
+    write_json(folder / "transfer.json", lines)
+    watch.journal, watch.save_seconds = Journal(folder / "metrics.jsonl"), save_seconds
+    watch.checkpoints = Checkpoints(folder / "checkpoints")
+    try:
+        state = loop.run(state, data_of(viewed), plan, stage.objective, stage.optimiser, stage.augment, watch=watch)
+    finally:
+        watch.checkpoints.close()
+    write_json(folder / "done.json", _record(run, viewed, watch.journal, plan))
+    return Trained(merge(state.params, state.frozen), state.extra)
+
+
+def restore(run: Run, source: Source, workdir: Path) -> Trained:
+    """The weights of a finished run."""
+    like = jax.eval_shape(run.stage.objective.init, run.key(), {"image": run.stage.view(source.take([0])).images})
+    model = restore_model(run.folder(workdir) / "checkpoints", {"params": like[0], "extra": like[1]})
+    return Trained(model["params"], model["extra"])
+
+
+def _validation(stage: Stage, data: dict[str, np.ndarray]) -> Callable[[State], dict[str, float]]:
+    return lambda state: loop.evaluate(stage.objective, merge(state.params, state.frozen), state.extra, data)
+
+
+def _record(run: Run, viewed: Source, journal: Journal, plan: loop.Plan) -> dict[str, Any]:
+    last = journal.last() or {}
+    return {
+        "fingerprint": run.fingerprint(),
+        "images": int(len(viewed) * run.stage.repeat * run.stage.epochs),
+        "pixels": int(run.stage.pixels(viewed, run.stage.epochs)),
+        "seconds": last.get("seconds", 0.0),
+        "steps": len(plan.rates),
+        "metrics": {k: v for k, v in last.items() if k not in ("step", "epoch", "split", "seconds", "images/s")},
+        "finished": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+    }
+
+
+def _say_beginning(where: str, stage: Stage, viewed: Source, plan: loop.Plan) -> None:
+    height, width, _ = viewed.shape
+    shown = f"{len(viewed)} images of {height}x{width}, batch {plan.batch_size}"
+    log.info("%s: %d epochs of %s", where, stage.epochs, shown)
+    if plan.batch_size < stage.batch_size:
+        log.warning("%s: fewer images than a batch: batch size %d, not %d", where, plan.batch_size, stage.batch_size)
+    if missed := stage.schedule.unreached(stage.epochs):
+        text = ", ".join(f"{milestone:g}" for milestone in missed)
+        log.warning("%s: the rate never drops at epoch %s: the stage has %d", where, text, stage.epochs)
+
+
+def check_names(stages: Sequence[Stage], where: str) -> None:
+    """Raises UserError where a path of stages has a name twice."""
+    names = [stage.name for stage in stages]
+    if len(set(names)) < len(names):
+        raise UserError(f"{where}: a stage stands twice in {', '.join(names)}")

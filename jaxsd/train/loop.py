@@ -1,0 +1,265 @@
+"""The one training loop: data stay on the device, the host only counts, logs and saves."""
+
+import dataclasses
+import functools
+import math
+import time
+from collections import deque
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from tqdm import tqdm
+
+from jaxsd import tuning
+from jaxsd.data.batches import epoch_batches, ordered_batches
+from jaxsd.errors import RunError, Stopped
+from jaxsd.objectives.objective import Objective
+from jaxsd.train.checkpoint import Checkpoints
+from jaxsd.train.optimiser import set_rate
+from jaxsd.train.state import State
+from jaxsd.train.step import Augment, make_train_step
+from jaxsd.workdir import Journal, log
+
+Tree = Any
+AHEAD = 4  # steps that the host may queue before it waits for one; also how late a bad loss is seen
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """How long a stage trains and in which order it sees its images."""
+
+    images: int  # in the set
+    batch_size: int
+    epochs: int
+    rates: np.ndarray  # float32 [epochs * steps_per_epoch]
+    order: jax.Array  # key: the order of epoch e comes from fold_in(order, e)
+    repeat: int = 1  # times that an epoch shows each image
+    drop_last: bool = False
+
+    def batches(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+        """(index, mask), both [steps_per_epoch, batch]: a pure function of the epoch."""
+        key = jax.random.fold_in(self.order, epoch)
+        return epoch_batches(key, self.images, self.batch_size, repeat=self.repeat, drop_last=self.drop_last)
+
+
+@dataclasses.dataclass
+class Stop:
+    """Set by a signal handler; the loop looks at it between steps."""
+
+    signal: int | None = None
+
+
+@dataclasses.dataclass
+class Watch:
+    """Where a run is written and how it is watched; every part may be absent."""
+
+    where: str = "training"
+    checkpoints: Checkpoints | None = None
+    journal: Journal | None = None
+    save_seconds: float = 60.0
+    stop: Stop = dataclasses.field(default_factory=Stop)
+    on_epoch: Callable[[dict[str, Any]], None] = lambda entry: None
+    validate: Callable[[State], dict[str, float]] | None = None
+
+
+def data_mesh() -> Mesh | None:
+    """A mesh over all local devices with the one axis `data`; None for a single device."""
+    devices = jax.local_devices()
+    return Mesh(np.array(devices), ("data",)) if len(devices) > 1 else None
+
+
+def spread(tree: Tree, mesh: Mesh | None) -> Tree:
+    """Puts arrays on every device of the mesh (or on the one device)."""
+    return jax.device_put(tree, NamedSharding(mesh, PartitionSpec()) if mesh else None)
+
+
+def gather(data: dict[str, jax.Array], rows: jax.Array, mask: jax.Array, mesh: Mesh | None) -> dict[str, jax.Array]:
+    """The batch of the given rows, split over the mesh's devices."""
+    batch = {name: values[rows] for name, values in data.items()}
+    batch |= {"index": rows, "mask": mask}
+    if mesh is None:
+        return batch
+    split = NamedSharding(mesh, PartitionSpec("data"))
+    return {name: jax.lax.with_sharding_constraint(values, split) for name, values in batch.items()}
+
+
+@functools.lru_cache(maxsize=64)
+def compiled(
+    objective: Objective, optimiser: optax.GradientTransformation, augment: Augment | None, mesh: Mesh | None
+) -> tuple[Callable[..., Any], Callable[..., Any]]:
+    """(step, advance): the plain step, and the loop's own: gather rows, set the rate, step, add to the sums.
+
+    Cached by identity, so stages and seeds that ask the same of the same network share one compilation.
+    """
+    step = jax.jit(make_train_step(objective, optimiser, augment))
+
+    def advance(state: State, sums: Tree, data: Tree, index: jax.Array, mask: jax.Array, rates: jax.Array):
+        i = sums["steps"]
+        batch = gather(data, index[i], mask[i], mesh)
+        state, metrics = step(state.replace(opt_state=set_rate(state.opt_state, rates[i])), batch)
+        weight = jnp.sum(mask[i])
+        totals = {name: sums["totals"][name] + weight * value for name, value in metrics.items()}
+        sums = {"steps": i + 1, "weight": sums["weight"] + weight, "totals": totals}
+        return state, sums, metrics["loss"]
+
+    return step, jax.jit(advance, donate_argnums=(0, 1), compiler_options=tuning.compiler_options())
+
+
+def run(
+    state: State,
+    data: dict[str, np.ndarray],
+    plan: Plan,
+    objective: Objective,
+    optimiser: optax.GradientTransformation,
+    augment: Augment | None = None,
+    *,
+    watch: Watch | None = None,
+) -> State:
+    """Trains until the plan's end, from the newest checkpoint if there is one; returns the last state.
+
+    data: {"image": uint8 [N, H, W, C], "label": int32 [N]}, put on the device once.
+    Raises RunError at a non-finite loss and Stopped after a signal, both with everything saved that is worth it.
+    """
+    watch = watch or Watch()
+    mesh = data_mesh()
+    step, advance = compiled(objective, optimiser, augment, mesh)
+    index, _ = plan.batches(0)
+    steps, batch_size = index.shape
+    state, placed = spread(state, mesh), spread(data, mesh)
+    sums = spread(_no_sums(step, state, placed, batch_size), mesh)
+    done, seconds = 0, 0.0
+    if watch.checkpoints is not None and (latest := watch.checkpoints.latest()) is not None:
+        state, sums = watch.checkpoints.restore(latest, state, sums)
+        done = latest
+        log.info("%s: continues at step %d of %d", watch.where, done, plan.epochs * steps)
+    if watch.journal is not None:
+        seconds = watch.journal.rewind(done)
+    loop = _Loop(watch, plan, steps, seconds)
+    with tqdm(total=plan.epochs * steps, initial=done, desc=watch.where, unit="step", disable=None, leave=False) as bar:
+        for epoch in range(done // steps, plan.epochs):
+            state, sums = loop.epoch(epoch, state, sums, placed, advance, mesh, bar)
+    if watch.checkpoints is not None and done < plan.epochs * steps:
+        watch.checkpoints.save(plan.epochs * steps, state, sums)
+        watch.checkpoints.wait()
+    return state
+
+
+class _Loop:
+    """The host's side of one run: clocks, the window of losses that are still being computed, saving."""
+
+    def __init__(self, watch: Watch, plan: Plan, steps: int, seconds: float):
+        self.watch, self.plan, self.steps, self.seconds = watch, plan, steps, seconds
+        self.saved = time.monotonic()
+        self.window: deque[tuple[int, jax.Array]] = deque()
+
+    def epoch(self, epoch, state, sums, data, advance, mesh, bar):
+        start = time.monotonic()
+        order = [*self.plan.batches(epoch), self.plan.rates[epoch * self.steps : (epoch + 1) * self.steps]]
+        order = spread([np.asarray(part) for part in order], mesh)
+        done = first = int(sums["steps"])
+        for done in range(first + 1, self.steps + 1):
+            state, sums, loss = advance(state, sums, data, *order)
+            step = epoch * self.steps + done
+            self._look(step, loss, AHEAD)
+            bar.update()
+            if done < self.steps:
+                self._save_if_asked(step, state, sums)
+        self._look(0, None, 0)
+        self.seconds += time.monotonic() - start
+        self._report(epoch, (done - first) / max(time.monotonic() - start, 1e-9), state, sums)
+        sums = jax.tree.map(jnp.zeros_like, sums)
+        self._save_if_asked((epoch + 1) * self.steps, state, sums)
+        return state, sums
+
+    def _report(self, epoch: int, steps_per_second: float, state: State, sums: Tree) -> None:
+        totals = jax.device_get(sums)
+        means = {name: float(value / totals["weight"]) for name, value in totals["totals"].items()}
+        step = (epoch + 1) * self.steps
+        entry = {"step": step, "epoch": epoch + 1, "split": "train", **means}
+        entry["rate"] = float(self.plan.rates[step - 1])
+        entry["images/s"] = round(steps_per_second * float(totals["weight"]) / self.steps, 1)
+        entry["seconds"] = round(self.seconds, 3)
+        entries = [entry]
+        if self.watch.validate is not None:
+            entries.append({"step": step, "epoch": epoch + 1, "split": "validation", **self.watch.validate(state)})
+        for entry in entries:
+            if self.watch.journal is not None:
+                self.watch.journal.write(entry)
+            self.watch.on_epoch(entry)
+            text = ", ".join(f"{k} {v:.4g}" for k, v in entry.items() if k not in ("step", "epoch", "split"))
+            log.debug("%s: epoch %d, %s: %s", self.watch.where, epoch + 1, entry["split"], text)
+
+    def _look(self, step: int, loss: jax.Array | None, ahead: int) -> None:
+        """Waits for losses that are `ahead` steps old; the device always has work queued behind them."""
+        if loss is not None:
+            self.window.append((step, loss))
+        while len(self.window) > ahead:
+            at, value = self.window.popleft()
+            if not math.isfinite(value := float(value)):
+                kept = self.watch.checkpoints.latest() if self.watch.checkpoints is not None else None
+                raise RunError(
+                    f"the loss became {value} at {self.watch.where}, step {at} (epoch {(at - 1) // self.steps + 1}), "
+                    f"rate {self.plan.rates[at - 1]:g}: lower the rate, warm it up or clip the gradients"
+                    + (f"; the checkpoint of step {kept} stays" if kept is not None else "")
+                )
+
+    def _save_if_asked(self, step: int, state: State, sums: Tree) -> None:
+        if self.watch.stop.signal is not None:
+            self._stop(step, state, sums)
+        if self.watch.checkpoints is None or step == self.plan.epochs * self.steps:
+            return
+        if time.monotonic() - self.saved >= self.watch.save_seconds:
+            self._look(0, None, 0)
+            # The next step gives these buffers away while Orbax still writes them: save copies.
+            self.watch.checkpoints.save(step, *jax.tree.map(jnp.copy, (state, sums)))
+            self.saved = time.monotonic()
+
+    def _stop(self, step: int, state: State, sums: Tree) -> None:
+        self._look(0, None, 0)
+        if self.watch.checkpoints is not None and self.watch.checkpoints.latest() != step:
+            self.watch.checkpoints.save(step, state, sums)
+            self.watch.checkpoints.wait()
+        kept = "saved" if self.watch.checkpoints is not None else "not saved: there is no workdir"
+        raise Stopped(
+            f"stopped at {self.watch.where}, step {step} of {self.plan.epochs * self.steps}; {kept}; "
+            "the same command goes on from there",
+            self.watch.stop.signal or 0,
+        )
+
+
+def _no_sums(step: Callable[..., Any], state: State, data: dict[str, jax.Array], batch_size: int) -> Tree:
+    """Zeroed sums, one per metric of the step; tracing it here is reused when the loop's step is compiled."""
+    batch = {name: jax.ShapeDtypeStruct((batch_size, *x.shape[1:]), x.dtype) for name, x in data.items()}
+    batch["index"] = jax.ShapeDtypeStruct((batch_size,), jnp.int32)
+    batch["mask"] = jax.ShapeDtypeStruct((batch_size,), jnp.float32)
+    _, metrics = jax.eval_shape(step, state, batch)
+    totals = {name: np.zeros((), np.float32) for name in metrics}
+    return {"steps": np.zeros((), np.int32), "weight": np.zeros((), np.float32), "totals": totals}
+
+
+@functools.lru_cache(maxsize=64)
+def _evaluation(objective: Objective, mesh: Mesh | None) -> Callable[..., Any]:
+    def evaluate(params: Tree, extra: Tree, data: Tree, rows: jax.Array, mask: jax.Array):
+        batch = {**gather(data, rows, mask, mesh), "step": jnp.zeros((), jnp.int32)}
+        loss, (metrics, _) = objective.loss(params, extra, batch, jax.random.key(0), train=False)
+        return {"loss": loss, **metrics}
+
+    return jax.jit(evaluate, compiler_options=tuning.compiler_options())
+
+
+def evaluate(
+    objective: Objective, params: Tree, extra: Tree, data: dict[str, np.ndarray], *, batch_size: int = 256
+) -> dict[str, float]:
+    """Loss and metrics of an objective in inference mode, exact means over all images of `data`."""
+    mesh = data_mesh()
+    index, masks = ordered_batches(len(data["image"]), batch_size)
+    function, placed = _evaluation(objective, mesh), spread(data, mesh)
+    parts = [function(params, extra, placed, rows, mask) for rows, mask in zip(index, masks, strict=True)]
+    weights = masks.sum(1)
+    means = {name: np.array([float(part[name]) for part in parts]) for name in parts[0]}
+    return {name: float(values @ weights / weights.sum()) for name, values in means.items()}

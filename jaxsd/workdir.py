@@ -1,0 +1,104 @@
+"""Files of a run: atomic JSON, the journal of epochs, fingerprints, the log."""
+
+import hashlib
+import json
+import logging
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+log = logging.getLogger("jaxsd")
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Writes JSON so that a reader sees the old file or the new one, never a part."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    with open(temporary, "w") as file:
+        json.dump(value, file, indent=1)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def read_json(path: Path) -> Any | None:
+    """The value in a JSON file; None where there is no file."""
+    try:
+        return json.loads(Path(path).read_text())
+    except FileNotFoundError:
+        return None
+
+
+def fingerprint(value: Any) -> str:
+    """SHA-256 of a JSON value, independent of the order of keys; 16 hex digits."""
+    text = json.dumps(value, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def differences(old: Any, new: Any, at: str = "") -> list[str]:
+    """What differs between two JSON values, as 'place: old -> new' lines."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        lines = []
+        for name in sorted({*old, *new}):
+            lines += differences(old.get(name), new.get(name), f"{at}.{name}" if at else name)
+        return lines
+    return [] if old == new else [f"{at}: {json.dumps(old)} -> {json.dumps(new)}"]
+
+
+class Journal:
+    """metrics.jsonl of a stage: one JSON object per epoch and split, in order of steps."""
+
+    def __init__(self, path: Path):
+        self.path = Path(path)
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+
+    def rewind(self, step: int) -> float:
+        """Drops what came after `step` (a resumed run writes it again); returns the seconds of training so far."""
+        try:
+            lines = self.path.read_text().splitlines()
+        except FileNotFoundError:
+            return 0.0
+        kept, seconds = [], 0.0
+        for line in lines:
+            try:
+                entry = json.loads(line)
+            except json.JSONDecodeError:  # the last line of a run that was killed while writing
+                break
+            if entry["step"] > step:
+                break
+            kept.append(line + "\n")
+            seconds = entry.get("seconds", seconds)
+        temporary = self.path.with_name(f".{self.path.name}.{os.getpid()}")
+        temporary.write_text("".join(kept))
+        os.replace(temporary, self.path)
+        return seconds
+
+    def last(self, split: str = "train") -> dict[str, Any] | None:
+        """The newest object of a split."""
+        entries = [json.loads(line) for line in self.path.read_text().splitlines()] if self.path.exists() else []
+        return next((entry for entry in reversed(entries) if entry["split"] == split), None)
+
+    def write(self, entry: dict[str, Any]) -> None:
+        """Appends one object."""
+        with open(self.path, "a") as file:
+            file.write(json.dumps(entry) + "\n")
+
+
+def start_log(path: Path | None) -> None:
+    """Sends what the run says to stderr (short) and to log.txt (everything, with times)."""
+    for handler in list(log.handlers):
+        log.removeHandler(handler)
+    log.setLevel(logging.DEBUG)
+    log.propagate = False
+    screen = logging.StreamHandler(sys.stderr)
+    screen.setLevel(logging.INFO)
+    screen.setFormatter(logging.Formatter("%(message)s"))
+    log.addHandler(screen)
+    if path is not None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = logging.FileHandler(path)
+        file.setLevel(logging.DEBUG)
+        file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+        log.addHandler(file)
