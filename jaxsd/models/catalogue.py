@@ -2,20 +2,28 @@
 
 import difflib
 import inspect
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import flax.linen as nn
+import jax
 import jax.numpy as jnp
 
 from jaxsd.errors import UserError
-from jaxsd.models.blocks import Backbone
+from jaxsd.models.blocks import Backbone, Linear
+from jaxsd.models.conv import Conv
+from jaxsd.models.convnet import alexnet_rotnet, nin
 from jaxsd.models.resnet import resnet8, resnet18, resnet50
 
 BACKBONES: dict[str, Callable[..., Backbone]] = {
     "resnet8": resnet8,
     "resnet18": resnet18,
     "resnet50": resnet50,
+    "nin": nin,
+    "alexnet_rotnet": alexnet_rotnet,
 }
+RESOLUTIONS = {"resnet8": 32, "resnet18": 224, "resnet50": 224, "nin": 32, "alexnet_rotnet": 224}
 DTYPES = ("float32", "bfloat16")
 
 
@@ -35,14 +43,14 @@ def build(
     resolution: int | None = None,
     stem: str | None = None,
     frozen: Sequence[str] = (),
-    dtype: str = "float32",
+    dtype: Any = "float32",
     **family: Any,
 ) -> Backbone:
     """A backbone by name: a linen module, called as `model(images, train)` -> (outputs, features).
 
     outputs: number of outputs, 0 for no head. resolution: side in pixels of the full-size images, for families whose
     form depends on it. stem: "cifar" or "imagenet", for families that have a choice. frozen: top-level parts that run
-    in inference mode. dtype: of the computation, "float32" or "bfloat16". family: the family's own options. Raises
+    in inference mode. dtype: of the computation, float32 or bfloat16. family: the family's own options. Raises
     UserError on an unknown name (listing the known, nearest first), option or value.
     """
     valid = options(name)
@@ -50,10 +58,64 @@ def build(
         family["stem"] = stem
     for option in family:
         if option not in valid:
-            named = ", ".join(o for o in ("outputs", "resolution", "frozen", "dtype", *valid))
-            raise UserError(f"model {name!r} has no option {option!r}: choose from {named}")
+            named = dict.fromkeys(("outputs", "resolution", "frozen", "dtype", *valid))
+            raise UserError(f"model {name!r} has no option {option!r}: choose from {', '.join(named)}")
     if "resolution" in valid:
         family["resolution"] = resolution
-    if dtype not in DTYPES:
-        raise UserError(f"model {name!r} cannot compute in {dtype!r}: choose from {', '.join(DTYPES)}")
-    return BACKBONES[name](outputs=outputs, frozen=tuple(frozen), dtype=jnp.dtype(dtype), **family)
+    return BACKBONES[name](outputs=outputs, frozen=tuple(frozen), dtype=_dtype(name, dtype), **family)
+
+
+def _dtype(name: str, dtype: Any) -> Any:
+    """A dtype or its name as a dtype, if networks compute in it."""
+    for known in DTYPES:
+        if dtype == known or dtype == jnp.dtype(known):
+            return jnp.dtype(known)
+    raise UserError(f"model {name!r} cannot compute in {dtype!r}: choose from {', '.join(DTYPES)}")
+
+
+def shapes(model: nn.Module, resolution: int, channels: int = 3) -> dict[str, Any]:
+    """The variables of a module for square images as shapes and dtypes: collection -> tree. Nothing is computed."""
+    images = jax.ShapeDtypeStruct((1, resolution, resolution, channels), jnp.float32)
+    variables = jax.eval_shape(lambda images: model.init(jax.random.key(0), images, False), images)
+    return {name: tree for name, tree in variables.items() if name != "perturbations"}
+
+
+def size(tree: Any) -> int:
+    """The number of numbers in a tree of arrays or shapes."""
+    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(tree))
+
+
+def flops(model: nn.Module, resolution: int, channels: int = 3) -> int:
+    """Floating-point operations of one forward pass of one square image.
+
+    Counts a multiplication and an addition per weight and position in convolutions and dense layers, padding
+    included, and nothing else: twice the "multiply-adds" that many tables give. A property of the architecture, not
+    of how a device computes it.
+    """
+    total = 0
+
+    def count(layer, args, kwargs, context):
+        nonlocal total
+        y = layer(*args, **kwargs)
+        if context.method_name == "__call__" and isinstance(context.module, Conv | Linear):
+            total += 2 * y.size // y.shape[-1] * context.module.get_variable("params", "kernel").size
+        return y
+
+    with nn.intercept_methods(count):
+        shapes(model, resolution, channels)
+    return total
+
+
+def catalogue() -> list[dict[str, Any]]:
+    """Every backbone for 3 channels and 1,000 outputs: {name, parameters, flops, resolution, blocks}."""
+    rows = []
+    for name, resolution in RESOLUTIONS.items():
+        model = build(name, resolution=resolution)
+        rows.append({
+            "name": name,
+            "parameters": size(shapes(model, resolution)["params"]),
+            "flops": flops(model, resolution),
+            "resolution": resolution,
+            "blocks": list(model.blocks),
+        })  # fmt: skip
+    return rows

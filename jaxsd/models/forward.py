@@ -3,7 +3,7 @@
 Everything outside `models/` sees parameters, the other collections, and two functions.
 """
 
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import flax.linen as nn
 import jax
@@ -57,8 +57,8 @@ def forward(
     variables = {"params": params, **{k: v for k, v in collections.items() if k != STANDARDISE}}
     rngs = None if key is None else {"dropout": key}
     if not train:
-        outputs, features = model.apply(variables, inputs, False, rngs=rngs)  # pyright: ignore
+        outputs, features = cast(Any, model.apply(variables, inputs, False, rngs=rngs))
         return Forward(outputs, features, collections)
     mutable = [name for name in variables if name != "params"]
-    (outputs, features), changed = model.apply(variables, inputs, True, rngs=rngs, mutable=mutable)  # pyright: ignore
+    (outputs, features), changed = cast(Any, model.apply(variables, inputs, True, rngs=rngs, mutable=mutable))
     return Forward(outputs, features, {**collections, **changed})

@@ -36,7 +36,7 @@ class Unit(nn.Module):
         else:
             y = ConvNorm(width, 3, self.stride, 1, name="layer1")(x, train)
             y = ConvNorm(width, 3, 1, 1, relu=False, zero_scale=zero, name="layer2")(y, train)
-        if y.shape != x.shape:
+        if self.stride != 1 or x.shape[-1] != width:
             x = ConvNorm(width, 1, self.stride, relu=False, name="shortcut")(x, train)
         return nn.relu(x + y)
 

@@ -1,0 +1,33 @@
+"""Prints every backbone: `python -m jaxsd.models [--json]`."""
+
+import argparse
+import json
+
+
+def table(rows: list[dict]) -> str:
+    """The rows of the catalogue as aligned text, one line each, with a line of names and one of units."""
+    cells = [("name", "parameters", "GFLOPs", "pixels", "blocks")]
+    for row in rows:
+        gflops = f"{row['flops'] / 1e9:.3f}"
+        cells.append((row["name"], f"{row['parameters']:,}", gflops, str(row["resolution"]), " ".join(row["blocks"])))
+    widths = [max(len(cell) for cell in column) for column in zip(*cells, strict=True)]
+    lines = []
+    for name, *numbers, blocks in cells:
+        aligned = [text.rjust(width) for text, width in zip(numbers, widths[1:], strict=False)]
+        lines.append("  ".join([name.ljust(widths[0]), *aligned, blocks]))
+    return "\n".join([*lines, "for 3 channels and 1,000 outputs; a multiplication and an addition count as 2 FLOPs"])
+
+
+def main() -> None:
+    """Reads the flags, then counts."""
+    parser = argparse.ArgumentParser(prog="python -m jaxsd.models", description="Every backbone and what it costs.")
+    parser.add_argument("--json", action="store_true", help="print a JSON list instead of a table")
+    flags = parser.parse_args()
+    from jaxsd.models.catalogue import catalogue
+
+    rows = catalogue()
+    print(json.dumps(rows) if flags.json else table(rows))
+
+
+if __name__ == "__main__":
+    main()
