@@ -72,8 +72,8 @@ def _photo_crops(split: str, size: int, per_class: int) -> Source:
         random = np.random.default_rng((SPLIT_SEED, label, split == "test"))
         for place in random.permutation(rows * columns)[:per_class]:
             top, left = divmod(int(place), columns)
-            box = (left, top, left + window, top + window)
-            images.append(np.asarray(half.resize((size, size), Image.Resampling.BICUBIC, box=box)))
+            crop = half.crop((left, top, left + window, top + window))
+            images.append(np.asarray(crop.resize((size, size), Image.Resampling.BICUBIC)))
             names.append(f"{split}/{name}/y{top}_x{left}")
     return Source(np.stack(images), np.repeat(np.arange(len(PHOTOS)), per_class), tuple(PHOTOS), tuple(names))
 
