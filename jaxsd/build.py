@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from jaxsd import data, models
-from jaxsd.data.source import Splits
+from jaxsd.data.source import Source, Splits
 from jaxsd.errors import UserError
 from jaxsd.models.probe import LinearProbe
 from jaxsd.objectives.rotation import TURNS, rotation
@@ -20,6 +20,10 @@ from jaxsd.views import augment, view
 DATA = {
     "mnist5k": data.mnist5k,
     "digits": data.digits,
+    "photos": data.photos,
+    "folder": data.folder,
+    "arrays": data.arrays,
+    "tfds": data.tfds,
 }
 VIEWS = {"scale": view.scale, "stretch": view.stretch, "gray": view.gray, "harris": view.harris}
 AUGMENTS = {
@@ -36,12 +40,12 @@ OPTIMISERS = {"sgd": optimiser.sgd, "adam": optimiser.adam, "adamw": optimiser.a
 SCHEDULES = {"constant": schedule.constant, "steps": schedule.steps, "cosine": schedule.cosine}
 
 STAGE_KEYS = (
-    "objective", "optimiser", "schedule", "epochs", "batch_size", "on", "view", "augment", "repeat", "drop_last",
-    "match", "fresh", "freeze",
+    "objective", "optimiser", "schedule", "epochs", "batch_size", "on", "view", "augment", "epoch_images", "drop_last",
+    "match", "fresh", "freeze", "model",
 )  # fmt: skip
 CONFIG_KEYS = (
-    "name", "preset", "data", "inputs", "unlabelled", "labels", "model", "stages", "arms", "probe", "evaluations",
-    "seeds", "baseline", "attention", "save_seconds",
+    "name", "preset", "data", "pretext_data", "inputs", "subsets", "labels", "model", "stages", "arms", "probe",
+    "evaluations", "seeds", "baseline", "attention", "save_seconds",
 )  # fmt: skip
 
 Config = Mapping[str, Any]
@@ -50,6 +54,16 @@ Config = Mapping[str, Any]
 def load(config: Config) -> Splits:
     """Reads the data that a config names."""
     return _call(DATA, config["data"], "data")
+
+
+def load_pretext(config: Config, splits: Splits) -> Source | None:
+    """The images of the pretext stages where the config names a set of their own."""
+    if config["pretext_data"] is None:
+        return None
+    source = _call(DATA, config["pretext_data"], "pretext_data").train
+    if source.shape != splits.train.shape:
+        raise UserError(f"pretext_data: images of {source.shape}, but data has {splits.train.shape}: give both one size")
+    return source
 
 
 def recipe(config: Config, shape: tuple[int, int, int] = (32, 32, 3), classes: int = 10) -> Recipe:
@@ -64,29 +78,31 @@ def recipe(config: Config, shape: tuple[int, int, int] = (32, 32, 3), classes: i
         for stage in arm:
             _pick(stages, stage, f"arm {name!r}: stage")
     arms = {name: tuple(stages[stage] for stage in arm) for name, arm in config["arms"].items()}
+    if not classes:  # nothing is labelled: what is left is the pretext part
+        cut = {name: tuple(stage for stage in arm if not stage.downstream) for name, arm in arms.items()}
+        arms = {name: arm for name, arm in cut.items() if arm}
     for stage in stages.values():
+        _pick({"labelled": None, **config["subsets"]}, stage.on, f"stage {stage.name!r}: on")
         for name in stage.match:
             _pick(stages, name, f"stage {stage.name!r}: match")
-    if config["baseline"] not in arms:
-        raise UserError(f"baseline {config['baseline']!r} is no arm: choose from {', '.join(arms)}")
+    baseline = _pick({name: name for name in config["arms"]}, config["baseline"], "baseline: arm")
     for name in config["evaluations"]:
-        if name not in EVALUATIONS:
-            raise UserError(f"unknown evaluation {name!r}: choose from {', '.join(EVALUATIONS)}")
+        _pick(dict.fromkeys(EVALUATIONS), name, "evaluations")
     probes = {}
-    if config["probe"] is not None:
-        for name, arm in config["arms"].items():
-            if pretext := [stage for stage in arm if stages[stage].on != "labelled"]:
-                probes[name] = build.probe(config["probe"], config["stages"][pretext[-1]])
+    if config["probe"] is not None and classes:
+        for name, arm in arms.items():
+            if pretext := [stage for stage in arm if not stage.downstream]:
+                probes[name] = build.probe(config["probe"], pretext[-1], config["stages"][pretext[-1].name])
     return Recipe(
         name=config["name"],
         arms=arms,
         evaluations=tuple(config["evaluations"]),
-        baseline=config["baseline"],
+        baseline=baseline if baseline in arms else next(iter(arms)),
         seeds=tuple(config["seeds"]),
         inputs={name: view.compose(*(_view(part) for part in parts)) for name, parts in config["inputs"].items()},
         labels=dict(config["labels"]),
-        unlabelled=dict(config["unlabelled"]),
-        probe=probes,
+        subsets=dict(config["subsets"]),
+        probes=probes,
     )
 
 
@@ -105,33 +121,34 @@ class _Builder:
 
     def stage(self, name: str, part: Config) -> Stage:
         _known(part, STAGE_KEYS, f"stage {name!r}")
-        frozen = tuple(part.get("freeze", ()))
-        function, outputs = _pick(OBJECTIVES, part["objective"]["name"], "objective")
-        count = outputs(self.classes, **_arguments(part["objective"]))
-        network = {**self.model, "outputs": count, "frozen": frozen, "resolution": self.side}
+        function, count = self._objective(part)
+        network = {**self.model, **part.get("model", {}), "outputs": count, "resolution": self.side}
+        network["frozen"] = tuple(part.get("freeze", ()))
         model = self.once(["model", network], lambda: models.build(**network))
         return self._finish(name, part, model, network, function)
 
-    def probe(self, part: Config, pretext: Config) -> Stage:
+    def probe(self, part: Config, pretext: Stage, pretext_part: Config) -> Stage:
         _known(part, STAGE_KEYS, "probe")
-        _, outputs = _pick(OBJECTIVES, pretext["objective"]["name"], "objective")
-        count = outputs(self.classes, **_arguments(pretext["objective"]))
-        trunk = {**self.model, "outputs": count, "resolution": self.side}
+        _, count = self._objective(pretext_part)
+        trunk = {**self.model, **pretext_part.get("model", {}), "outputs": count, "resolution": self.side}
         network = {"trunk": trunk, "outputs": self.classes}
-        part = {"objective": {"name": "supervised"}, "on": "labelled", **part, "freeze": ("trunk",)}
+        on = pretext.on if part.get("on") == "pretext" else "labelled"
+        part = {"objective": {"name": "supervised"}, **part, "on": on, "freeze": ("trunk",)}
         model = self.once(["probe", network], lambda: LinearProbe(models.build(**trunk), outputs=self.classes))
         return self._finish("probe", part, model, network, supervised, under="trunk")
 
+    def _objective(self, part: Config) -> tuple[Callable, int]:
+        function, outputs = _pick(OBJECTIVES, part["objective"]["name"], "objective")
+        return function, outputs(self.classes, **_arguments(part["objective"]))
+
     def _finish(self, name: str, part: Config, model: Any, network: Any, function: Callable, under: str = "") -> Stage:
-        part = {**{k: tuple(v) if isinstance(v, list) else v for k, v in part.items()}}
         where = f"stage {name!r}"
         arguments = _arguments(part["objective"])
         _check(function, arguments, f"{where}: objective {part['objective']['name']!r}", given=("model",))
         objective = self.once(["objective", network, part["objective"]], lambda: function(model, **arguments))
         augments = [_call(AUGMENTS, one, f"{where}: augment") for one in part.get("augment", ())]
-        if part.get("on", "unlabelled") not in ("unlabelled", "labelled"):
-            raise UserError(f"{where}: on must be 'unlabelled' or 'labelled', got {part['on']!r}")
-        plain = {k: part[k] for k in ("on", "batch_size", "repeat", "drop_last", "match", "fresh", "freeze") if k in part}
+        names = ("on", "batch_size", "epoch_images", "drop_last", "match", "fresh", "freeze")
+        plain = {k: part[k] for k in names if k in part}
         spec = {k: v for k, v in part.items() if k not in ("epochs", "match", "on")}
         return Stage(
             name=name,

@@ -48,11 +48,11 @@ def run(config: Config, workdir: Path, *, only: tuple[str, ...] = (), reuse: boo
     log.info("%s", describe(splits))
     classes = len(splits.train.classes)
     recipe = build.recipe(config, splits.train.shape, classes)
-    experiment = Experiment(recipe, splits, workdir, stop=stop, save_seconds=config["save_seconds"])
+    pretext = build.load_pretext(config, splits)
+    experiment = Experiment(recipe, splits, workdir, pretext=pretext, stop=stop, save_seconds=config["save_seconds"])
     cells = list(experiment.cells(only))
     experiment.check(cells, reuse=reuse)
     write_json(workdir / "config.json", config)
-    experiment.announce(cells)
     rows = [row for cell in cells for row in measure(experiment, cell)]
     summary = {**heading(config, splits), "rows": report.aggregate(rows, baseline=recipe.baseline)}
     report.write(workdir, summary)

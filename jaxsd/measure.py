@@ -9,10 +9,12 @@ from jaxsd.data.source import Source
 from jaxsd.evaluate.features import block_features, predict
 from jaxsd.evaluate.metrics import classification, per_class
 from jaxsd.evaluate.probes import knn, ridge
-from jaxsd.recipe import Cell, Experiment, Rows
+from jaxsd.recipe import Cell, Experiment
 from jaxsd.stage import Run, Trained, data_of, done
 from jaxsd.train.loop import evaluate
 from jaxsd.workdir import fingerprint, read_json, write_json
+
+Rows = list[dict[str, Any]]
 
 
 def measure(experiment: Experiment, cell: Cell) -> Rows:
@@ -48,11 +50,11 @@ def _row(metric: str, value: float, n: int, block: str | None = None) -> dict[st
 
 
 def _pretext_runs(experiment: Experiment, cell: Cell) -> list[Run]:
-    return [run for run in experiment.runs(cell) if run.stage.on != "labelled"]
+    return [run for run in experiment.runs(cell) if not run.stage.downstream]
 
 
 def _test(experiment: Experiment, cell: Cell) -> Source | None:
-    return experiment.viewed(cell.input).test
+    return experiment.viewed(cell.input).splits.test
 
 
 def pretext(experiment: Experiment, cell: Cell) -> Rows:
@@ -75,7 +77,7 @@ def finetune(experiment: Experiment, cell: Cell) -> Rows:
     """Accuracy of the arm's last stage on the test images: overall, balanced, and per class."""
     runs, test = experiment.runs(cell), _test(experiment, cell)
     stage = runs[-1].stage
-    if stage.on != "labelled" or test is None or test.labels is None:
+    if not stage.downstream or test is None or test.labels is None:
         return []
     labels, classes = test.labels, test.classes
 
@@ -92,7 +94,7 @@ def finetune(experiment: Experiment, cell: Cell) -> Rows:
 
 def probe(experiment: Experiment, cell: Cell) -> Rows:
     """Accuracy of trained linear probes on every block of the frozen pretext network."""
-    if cell.arm not in experiment.recipe.probe:
+    if cell.arm not in experiment.recipe.probes:
         return []
     runs, test = experiment.runs(cell, probe=True), _test(experiment, cell)
     stage = runs[-1].stage

@@ -33,9 +33,9 @@ WEIGHTS_FORMAT = 1  # raised when the same stage would no longer give the same w
 class Stage:
     """One training run.
 
-    on: "unlabelled" or "labelled": which subset of the training images it sees.
+    on: which subset of the training images it sees, by the recipe's names; "labelled" is the downstream task's.
     view: the deterministic change of the data set (Source -> Source), such as scale(0.5).
-    repeat: times that an epoch shows each image (few images: more than 1 keeps epochs from being a single step).
+    epoch_images: how many images an epoch shows, by repeating a small set; None: each image once.
     match: names of stages whose pixels, summed, this stage is to show: `epochs` and the schedule are stretched.
     fresh: modules that start anew instead of coming from the stage before; under: the submodule which takes the
         stage before as a whole; freeze: modules without gradient (the model itself must run them in inference mode).
@@ -52,7 +52,7 @@ class Stage:
     on: str = "unlabelled"
     view: Callable[[Source], Source] = compose()
     augment: Augment | None = None
-    repeat: int = 1
+    epoch_images: int | None = None
     drop_last: bool = False
     match: tuple[str, ...] = ()
     fresh: tuple[str, ...] = ()
@@ -60,10 +60,18 @@ class Stage:
     freeze: tuple[str, ...] = ()
     spec: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
-    def pixels(self, source: Source, epochs: float) -> float:
-        """Pixels of network input that so many epochs on the (viewed) source show."""
-        height, width, _ = source.shape
-        return epochs * self.repeat * len(source) * self.objective.views * height * width
+    @property
+    def downstream(self) -> bool:
+        """Whether it belongs to the task that is measured, not to the pretraining for it."""
+        return self.on == "labelled" or bool(self.under)
+
+    def repeat(self, images: int) -> int:
+        """How many times an epoch shows each of so many images."""
+        return max(1, round((self.epoch_images or images) / images))
+
+    def pixels(self, images: int, side: tuple[int, int], epochs: float) -> float:
+        """Pixels of network input that so many epochs over so many (viewed) images of a size show."""
+        return epochs * self.repeat(images) * images * self.objective.views * side[0] * side[1]
 
     def stretched(self, epochs: int) -> "Stage":
         """The same stage over another number of epochs, its schedule stretched with it."""
@@ -143,7 +151,8 @@ def start(
 
 def plan_of(stage: Stage, key: jax.Array, images: int) -> loop.Plan:
     """The stage's epochs, batches and rates over a set of so many images."""
-    shown = images * stage.repeat
+    repeat = stage.repeat(images)
+    shown = images * repeat
     batch_size = min(stage.batch_size, shown)
     steps = shown // batch_size if stage.drop_last else -(-shown // batch_size)
     return loop.Plan(
@@ -152,7 +161,7 @@ def plan_of(stage: Stage, key: jax.Array, images: int) -> loop.Plan:
         epochs=stage.epochs,
         rates=stage.schedule.rates(stage.epochs, steps),
         order=jax.random.fold_in(key, zlib.crc32(b"order")),
-        repeat=stage.repeat,
+        repeat=repeat,
         drop_last=stage.drop_last,
     )
 
@@ -231,8 +240,8 @@ def _record(run: Run, viewed: Source, journal: Journal, plan: loop.Plan) -> dict
     last = journal.last() or {}
     return {
         "fingerprint": run.fingerprint(),
-        "images": int(len(viewed) * run.stage.repeat * run.stage.epochs),
-        "pixels": int(run.stage.pixels(viewed, run.stage.epochs)),
+        "images": len(viewed) * plan.repeat * plan.epochs,
+        "pixels": int(run.stage.pixels(len(viewed), viewed.shape[:2], plan.epochs)),
         "seconds": last.get("seconds", 0.0),
         "steps": len(plan.rates),
         "metrics": {k: v for k, v in last.items() if k not in ("step", "epoch", "split", "seconds", "images/s")},

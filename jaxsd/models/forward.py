@@ -22,14 +22,19 @@ class Forward(NamedTuple):
     collections: Tree  # the non-parameter collections after the call
 
 
+@functools.lru_cache(maxsize=64)
+def _compiled_init(model: nn.Module, shape: tuple[int, ...]) -> Callable[[jax.Array], Tree]:
+    """Kept, since every seed and every stage draws anew."""
+    return jax.jit(lambda key: model.init(key, jnp.zeros(shape, jnp.float32), False))
+
+
 def initialise(model: nn.Module, key: jax.Array, images: jax.Array) -> tuple[Tree, Tree]:
     """Draws a module's parameters; returns (params, collections).
 
     images: any batch [B, H, W, C] of the shape that will be trained on. The collections hold `batch_stats` where the
     module has them, and `standardise` with mean 0 and deviation 1, to be replaced by the training set's.
     """
-    shape = (1, *images.shape[1:])
-    variables = jax.jit(lambda key: model.init(key, jnp.zeros(shape, jnp.float32), False))(key)
+    variables = _compiled_init(model, (1, *images.shape[1:]))(key)
     collections = {name: tree for name, tree in variables.items() if name not in ("params", "perturbations")}
     channels = images.shape[-1]
     collections[STANDARDISE] = {"mean": jnp.zeros(channels), "std": jnp.ones(channels)}
