@@ -3,6 +3,8 @@
 Everything outside `models/` sees parameters, the other collections, and two functions.
 """
 
+import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple, cast
 
 import flax.linen as nn
