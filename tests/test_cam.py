@@ -17,9 +17,13 @@ TARGET = np.array([2, 0, 1])
 
 
 class Linear(nn.Module):
-    """Two 1x1 convolutions without anything between them, 2x2 means before each, global mean, linear head."""
+    """Two 1x1 convolutions, each with 2x2 means behind it, a global mean, a linear head; nothing bends.
+
+    Row i counts 1 + tilt * i in the global mean.
+    """
 
     head_scale: float = 1.0
+    tilt: float = 0.0
 
     @nn.compact
     def __call__(self, images, train):
@@ -28,7 +32,8 @@ class Linear(nn.Module):
         for name, width in (("block1", 5), ("block2", 4)):
             x = nn.avg_pool(nn.Conv(width, (1, 1), use_bias=False, name=name)(x), (2, 2), (2, 2))
             x = features[name] = self.perturb(f"{name}_map", x)
-        features["pooled"] = self.perturb("pooled_map", x.mean((1, 2)))
+        rows = 1 + self.tilt * jnp.arange(x.shape[1])[None, :, None, None]
+        features["pooled"] = self.perturb("pooled_map", (rows * x).mean((1, 2)))
         return self.head_scale * nn.Dense(3, name="head")(features["pooled"]), features
 
 
@@ -42,12 +47,13 @@ def trained():
     }
 
 
-def test_weights_worked_by_hand(trained):
+@pytest.mark.parametrize("tilt", [0.0, 0.5])
+def test_weights_worked_by_hand(trained, tilt):
     params, collections = trained
     features, weights = channel_weights(
-        Linear(), params, collections, IMAGES, blocks=("block1", "block2"), target=TARGET
+        Linear(tilt=tilt), params, collections, IMAGES, blocks=("block1", "block2"), target=TARGET
     )
-    head = params["head"]["kernel"][:, TARGET].T  # [B, 4]
+    head = params["head"]["kernel"][:, TARGET].T * (1 + tilt * (0 + 1 + 2) / 3)  # [B, 4], times the mean row's count
     kernel1, kernel2 = params["block1"]["kernel"][0, 0], params["block2"]["kernel"][0, 0]
     np.testing.assert_allclose(weights["block2"], head / (3 * 4), rtol=1e-5)  # score = w . mean: w_c / (h w)
     np.testing.assert_allclose(weights["block1"], head @ kernel2.T / (6 * 8), rtol=1e-5, atol=1e-8)
