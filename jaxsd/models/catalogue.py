@@ -85,25 +85,25 @@ def size(tree: Any) -> int:
     return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(tree))
 
 
-def flops(model: nn.Module, resolution: int, channels: int = 3) -> int:
-    """Floating-point operations of one forward pass of one square image.
+def costs(model: nn.Module, resolution: int, channels: int = 3) -> tuple[int, int]:
+    """(trainable parameters, floating-point operations of one forward pass of one square image).
 
-    Counts a multiplication and an addition per weight and position in convolutions and dense layers, padding
-    included, and nothing else: twice the "multiply-adds" that many tables give. A property of the architecture, not
-    of how a device computes it.
+    The latter counts a multiplication and an addition per weight and position in convolutions and dense layers,
+    padding included, and nothing else: twice the "multiply-adds" that many tables give. A property of the
+    architecture, not of how a device computes it.
     """
-    total = 0
+    flops = 0
 
     def count(layer, args, kwargs, context):
-        nonlocal total
+        nonlocal flops
         y = layer(*args, **kwargs)
         if context.method_name == "__call__" and isinstance(context.module, Conv | Linear):
-            total += 2 * y.size // y.shape[-1] * context.module.get_variable("params", "kernel").size
+            flops += 2 * y.size // y.shape[-1] * context.module.get_variable("params", "kernel").size
         return y
 
     with nn.intercept_methods(count):
-        shapes(model, resolution, channels)
-    return total
+        parameters = size(shapes(model, resolution, channels)["params"])
+    return parameters, flops
 
 
 def catalogue() -> list[dict[str, Any]]:
@@ -111,11 +111,7 @@ def catalogue() -> list[dict[str, Any]]:
     rows = []
     for name, resolution in RESOLUTIONS.items():
         model = build(name, resolution=resolution)
-        rows.append({
-            "name": name,
-            "parameters": size(shapes(model, resolution)["params"]),
-            "flops": flops(model, resolution),
-            "resolution": resolution,
-            "blocks": list(model.blocks),
-        })  # fmt: skip
+        parameters, flops = costs(model, resolution)
+        row = {"name": name, "parameters": parameters, "flops": flops, "resolution": resolution}
+        rows.append({**row, "blocks": list(model.blocks)})
     return rows
