@@ -71,7 +71,17 @@ def recipe(config: Config, shape: tuple[int, int, int] = (32, 32, 3), classes: i
 
     Raises UserError at anything that the functions named in it would not take; no data are read.
     """
+    try:
+        return _recipe(config, shape, classes)
+    except (TypeError, ValueError, AttributeError, KeyError) as error:  # a value of the wrong kind, somewhere inside
+        raise UserError(f"the config has a value that does not fit ({type(error).__name__}: {error})") from error
+
+
+def _recipe(config: Config, shape: tuple[int, int, int], classes: int) -> Recipe:
     _known(config, CONFIG_KEYS, "config")
+    if not config["seeds"] or not all(isinstance(seed, int) and seed >= 0 for seed in config["seeds"]):
+        raise UserError(f"seeds must be whole numbers such as (0, 1, 2), got {config['seeds']!r}")
+    _check_call(DATA, config["data"], "data")
     build = _Builder(config, shape, classes)
     stages = {name: build.stage(name, part) for name, part in config["stages"].items()}
     for name, arm in config["arms"].items():
@@ -147,6 +157,9 @@ class _Builder:
         _check(function, arguments, f"{where}: objective {part['objective']['name']!r}", given=("model",))
         objective = self.once(["objective", network, part["objective"]], lambda: function(model, **arguments))
         augments = [_call(AUGMENTS, one, f"{where}: augment") for one in part.get("augment", ())]
+        for key in ("epochs", "batch_size"):
+            if not isinstance(part.get(key, 1), int) or part.get(key, 1) < 1:
+                raise UserError(f"{where}: {key} must be a whole number of 1 or more, got {part[key]!r}")
         names = ("on", "batch_size", "epoch_images", "drop_last", "match", "fresh", "freeze")
         plain = {k: part[k] for k in names if k in part}
         spec = {k: v for k, v in part.items() if k not in ("epochs", "match", "on")}
@@ -197,11 +210,15 @@ def _arguments(spec: Config) -> dict[str, Any]:
 
 def _call(table: Mapping[str, Callable], spec: Config, what: str) -> Any:
     """Calls the function that a spec {"name", **arguments} names; UserError where the arguments do not fit it."""
-    if "name" not in spec:
-        raise UserError(f"{what}: no name given: choose from {', '.join(table)}")
+    function, arguments = _check_call(table, spec, what)
+    return function(**arguments)
+
+
+def _check_call(table: Mapping[str, Callable], spec: Config, what: str) -> tuple[Callable, dict[str, Any]]:
+    """The function that a spec names and its arguments, once they fit each other."""
     function, arguments = _pick(table, spec["name"], what), _arguments(spec)
     _check(function, arguments, f"{what} {spec['name']!r}")
-    return function(**arguments)
+    return function, arguments
 
 
 def _pick(table: Mapping[str, Any], name: str, what: str) -> Any:
@@ -220,6 +237,7 @@ def _check(function: Callable, arguments: Config, where: str, given: tuple[str, 
     parameters = {k: p for k, p in inspect.signature(function).parameters.items() if k not in given}
     for name in arguments:
         _pick(parameters, name, f"{where}: argument")
-    missing = [k for k, p in parameters.items() if p.default is p.empty and k not in arguments]
-    if missing:
-        raise UserError(f"{where} needs {', '.join(missing)}")
+    for name, parameter in parameters.items():
+        if parameter.default is parameter.empty and arguments.get(name) is None:
+            key = where.split()[0]
+            raise UserError(f"{where} needs {name}: --config.{key}.{name}=..." if key == "data" else f"{where} needs {name}")

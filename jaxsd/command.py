@@ -8,11 +8,11 @@ from typing import Any
 
 import jax
 
-from jaxsd import __version__, build, report, tuning
+from jaxsd import __version__, build, figures, report, tuning
 from jaxsd.data.source import Splits, describe
 from jaxsd.data.split import duplicates
 from jaxsd.errors import UserError
-from jaxsd.measure import measure
+from jaxsd.measure import attention, attention_images, measure
 from jaxsd.recipe import Cell, Experiment
 from jaxsd.train.loop import Stop
 from jaxsd.workdir import fingerprint, log, start_log, write_json
@@ -56,6 +56,8 @@ def run(config: Config, workdir: Path, *, only: tuple[str, ...] = (), reuse: boo
     rows = [row for cell in cells for row in measure(experiment, cell)]
     summary = {**heading(config, splits), "rows": report.aggregate(rows, baseline=recipe.baseline)}
     report.write(workdir, summary)
+    if config["attention"] and recipe.evaluations and splits.test is not None:
+        draw_attention(experiment, cells, workdir / "attention.png")
     print(report.table(summary))
     return summary
 
@@ -85,6 +87,42 @@ def heading(config: Config, splits: Splits) -> dict[str, Any]:
             "fingerprint": fingerprint(parts),
             "duplicates_train_test": duplicates(train, test) if test is not None else None,
         },
+        "protocol": protocol(config, splits),
         "notes": [f"left out, unreadable: {name}" for name in splits.skipped],
     }
 
+
+def draw_attention(experiment: Experiment, cells: list[Cell], path: Path) -> None:
+    """Grad-CAM of the first three blocks, pretext arms side by side on the same test images (ScaleNet, Figure 3)."""
+    first = [cell for cell in cells if cell[1:] == cells[0][1:]]
+    found = {cell.arm: maps for cell in first if (maps := attention(experiment, cell)) is not None}
+    if found:
+        images = attention_images(experiment, cells[0])
+        figures.attention_figure(path, images, found)
+        log.info("attention maps of the pretext networks: %s", path)
+
+
+def protocol(config: Config, splits: Splits) -> str:
+    """The line under the table: data, network, labelled images, what the intervals are, device."""
+    sizes = [(len(part), name) for part, name in zip(splits[1:4], ("train", "validation", "test"), strict=True) if part]
+    seeds = ", ".join(str(seed) for seed in config["seeds"])
+    parts = [
+        f"{splits.name}: {', '.join(f'{count:,} {name}' for count, name in sizes)} images, "
+        f"{len(splits.train.classes)} classes",
+        config["model"]["name"],
+        *(f"labels {name}: {_amount(part)}" for name, part in config["labels"].items()),
+        *(f"{name} images: {_amount(part)}" for name, part in config["subsets"].items()),
+        f"last epoch; seeds {seeds}" + ("; 95 % Student-t intervals, paired by seed" if len(config["seeds"]) > 1 else ""),
+        f"{jax.device_count()} x {jax.local_devices()[0].device_kind}",
+    ]
+    return "; ".join(parts)
+
+
+def _amount(part: Config) -> str:
+    """How many images, in words."""
+    total, fraction, per_class = (part.get(name) for name in ("total", "fraction", "per_class"))
+    if per_class is not None:
+        return f"{per_class:,} per class"
+    if fraction is not None:
+        return f"{fraction:.0%} of the training images"
+    return "all" if total is None else f"{total:,}"

@@ -23,6 +23,9 @@ def main(argv: list[str]) -> int:
     """Runs the command line; returns the exit status."""
     from jaxsd.errors import RunError, Stopped, UserError  # cheap; jax comes later, so that --help is fast
 
+    if any(flag in ("-h", "-help", "--help") for flag in argv[1:]):
+        print(usage())
+        return 0
     try:
         config = parse(argv)
         run(config, FLAGS.workdir, tuple(FLAGS.only), FLAGS.reuse)
@@ -32,11 +35,20 @@ def main(argv: list[str]) -> int:
         return 128 + stopped.signal
     except (UserError, flags.Error) as error:
         return _failed(error, 2)
-    except (RunError, OSError, MemoryError) as error:
+    except RunError as error:
         return _failed(error, 1)
+    except Exception as error:  # the traceback is in the log, one line is for people
+        return _failed(f"{type(error).__name__}: {error}; the traceback is in log.txt of the workdir", 1)
 
 
-def _failed(error: Exception, status: int) -> int:
+def usage() -> str:
+    """What --help prints."""
+    lines = [f"  --{name:10}{FLAGS[name].help}" for name in ("config", "workdir", "only", "reuse")]
+    lines.append("  --config.KEY=VALUE overrides a value: --config.seeds='(0,1)' --config.stages.finetune.epochs=40")
+    return f"{__doc__}\n" + "\n".join(lines)
+
+
+def _failed(error: Exception | str, status: int) -> int:
     import logging
 
     logging.getLogger("jaxsd").debug("%s", traceback.format_exc())
@@ -48,12 +60,20 @@ def parse(argv: list[str]) -> dict[str, Any]:
     """The config as a plain dict, with overrides from the command line; UserError for anything that does not fit."""
     from jaxsd.errors import UserError
 
+    for flag in argv[1:]:
+        name, _, value = flag.partition("=")
+        if name.lstrip("-") == "config" and value and not Path(value.split(":")[0]).is_file():
+            raise UserError(f"--config: there is no file {value.split(':')[0]}: for example --config=configs/scalenet.py")
     try:
         rest = FLAGS(argv)
         config = CONFIG.value
-    except AttributeError as error:  # an override of a key that is not there
-        raise UserError(f"--config: {str(error).splitlines()[0]}") from error
-    except (OSError, ImportError, SyntaxError) as error:
+    except flags.Error as error:
+        # What a config file raises arrives as the text of a traceback; its last line says what is wrong.
+        raise UserError(str(error).strip().splitlines()[-1].removeprefix("ValueError: ")) from error
+    except (AttributeError, KeyError) as error:  # an override of a key that is not there
+        text = str(error).strip("'\"").replace("\\n", " ").replace("\\'", "'")
+        raise UserError(f"--config: there is no key {text}") from error
+    except (TypeError, ValueError) as error:
         raise UserError(f"--config: {error}") from error
     if len(rest) > 1:
         raise UserError(f"{rest[1]!r} is no flag: every option starts with --")

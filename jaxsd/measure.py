@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 
 from jaxsd.data.source import Source
+from jaxsd.evaluate.cam import grad_cam
 from jaxsd.evaluate.features import block_features, predict
 from jaxsd.evaluate.metrics import classification, per_class
 from jaxsd.evaluate.probes import knn, ridge
@@ -15,6 +16,7 @@ from jaxsd.train.loop import evaluate
 from jaxsd.workdir import fingerprint, read_json, write_json
 
 Rows = list[dict[str, Any]]
+SHOWN = 4  # images in the attention figure
 
 
 def measure(experiment: Experiment, cell: Cell) -> Rows:
@@ -75,29 +77,20 @@ def pretext(experiment: Experiment, cell: Cell) -> Rows:
 
 def finetune(experiment: Experiment, cell: Cell) -> Rows:
     """Accuracy of the arm's last stage on the test images: overall, balanced, and per class."""
-    runs, test = experiment.runs(cell), _test(experiment, cell)
-    stage = runs[-1].stage
-    if not stage.downstream or test is None or test.labels is None:
-        return []
-    labels, classes = test.labels, test.classes
-
-    def compute() -> Rows:
-        trained = experiment.trained(cell, runs)
-        outputs = predict(stage.model, trained.params, trained.extra["model"], stage.view(test).images)
-        rows = [_row(k, v, len(test)) for k, v in classification(outputs, labels, classes).items()]
-        rows[0]["per_class"] = per_class(outputs.argmax(-1), labels, classes)
-        return rows
-
-    what = ["finetune", runs[-1].fingerprint(), test.fingerprint()]
-    return [{**row, **_budget(experiment, runs)} for row in _cached(experiment, what, compute)]
+    runs = experiment.runs(cell)
+    return _predicted("finetune", experiment, cell, runs) if runs[-1].stage.downstream else []
 
 
 def probe(experiment: Experiment, cell: Cell) -> Rows:
     """Accuracy of trained linear probes on every block of the frozen pretext network."""
     if cell.arm not in experiment.recipe.probes:
         return []
-    runs, test = experiment.runs(cell, probe=True), _test(experiment, cell)
-    stage = runs[-1].stage
+    return _predicted("probe", experiment, cell, experiment.runs(cell, probe=True))
+
+
+def _predicted(name: str, experiment: Experiment, cell: Cell, runs: list[Run]) -> Rows:
+    """What the outputs of the last run are worth on the test images; for a dict of outputs, the accuracy of each."""
+    stage, test = runs[-1].stage, _test(experiment, cell)
     if test is None or test.labels is None:
         return []
     labels, classes = test.labels, test.classes
@@ -105,12 +98,14 @@ def probe(experiment: Experiment, cell: Cell) -> Rows:
     def compute() -> Rows:
         trained = experiment.trained(cell, runs)
         outputs = predict(stage.model, trained.params, trained.extra["model"], stage.view(test).images)
-        return [
-            _row("accuracy", classification(scores, labels, classes)["accuracy"], len(test), block)
-            for block, scores in outputs.items()
-        ]
+        if isinstance(outputs, dict):
+            found = {block: classification(scores, labels, classes) for block, scores in outputs.items()}
+            return [_row("accuracy", metrics["accuracy"], len(test), block) for block, metrics in found.items()]
+        rows = [_row(k, v, len(test)) for k, v in classification(outputs, labels, classes).items()]
+        rows[0]["per_class"] = per_class(outputs.argmax(-1), labels, classes)
+        return rows
 
-    what = ["probe", runs[-1].fingerprint(), test.fingerprint()]
+    what = [name, runs[-1].fingerprint(), test.fingerprint()]
     return [{**row, **_budget(experiment, runs)} for row in _cached(experiment, what, compute)]
 
 
@@ -152,3 +147,22 @@ EVALUATIONS: dict[str, Callable[[Experiment, Cell], Rows]] = {
     "probe": probe,
     "finetune": finetune,
 }
+
+
+def attention_images(experiment: Experiment, cell: Cell) -> np.ndarray:
+    """Four test images for the attention figure, of different classes where there are labels."""
+    test = _test(experiment, cell)
+    assert test is not None
+    rows = np.arange(len(test)) if test.labels is None else np.unique(test.labels, return_index=True)[1]
+    return test.images[np.sort(rows)[:: max(1, len(rows) // SHOWN)][:SHOWN]]
+
+
+def attention(experiment: Experiment, cell: Cell) -> dict[str, np.ndarray] | None:
+    """Grad-CAM maps of the pretext network's first three blocks for the answer that it gives; None without one."""
+    runs = _pretext_runs(experiment, cell)
+    if not runs:
+        return None
+    trained, model = experiment.trained(cell, runs), runs[-1].stage.model
+    images, params, collections = attention_images(experiment, cell), trained.params, trained.extra["model"]
+    target = predict(model, params, collections, images).argmax(-1)
+    return grad_cam(model, params, collections, images, blocks=model.blocks[:3], target=target)

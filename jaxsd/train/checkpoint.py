@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 from flax import traverse_util
 
@@ -97,6 +98,16 @@ def restore_model(directory: Path, model: Tree) -> Tree:
             raise RunError(f"no checkpoint in {directory}: remove the stage's folder to train it again")
         args = ocp.args.Composite(model=ocp.args.StandardRestore(like))
         return manager.restore(step, args=args)["model"]
+
+
+def read_model(directory: Path) -> Tree:
+    """The newest {"params", "extra"} in a checkpoint folder as it was saved, in numpy arrays, whatever they are."""
+    with _quiet(), ocp.CheckpointManager(Path(directory).absolute()) as manager:
+        step = manager.latest_step()
+        if step is None:
+            raise RunError(f"no checkpoint in {directory}")
+        saved = manager.restore(step, args=ocp.args.Composite(model=ocp.args.StandardRestore()))["model"]
+    return jax.tree.map(np.asarray, saved)
 
 
 def _abstract(leaf: Any) -> jax.ShapeDtypeStruct:
