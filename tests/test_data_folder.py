@@ -131,6 +131,7 @@ def test_layouts_that_are_none(tmp_path, names, said):
 def test_wrong_use_is_told(tmp_path):
     fill(tmp_path, *many("", "ab", 2))
     for options, said in (
+        ({"path": ""}, "no image folder is given"),
         ({"path": tmp_path / "none"}, "does not exist"),
         ({"path": tmp_path / "a/00.png"}, "not a folder"),
         ({"on_bad_image": "ignore"}, "'error' or 'skip'"),
@@ -168,7 +169,9 @@ def test_bad_images_are_named_in_one_line_or_left_out(tmp_path):
         folder(tmp_path)
 
 
-@pytest.mark.parametrize(("lost", "said"), [("train/a", "of a in the train split"), ("test", "in the test split")])
+@pytest.mark.parametrize(
+    ("lost", "said"), [("train/a", "of class 'a' in the train split"), ("test", "in the test split")]
+)
 def test_a_class_or_split_of_bad_images_only_is_told(tmp_path, lost, said):
     fill(tmp_path, *many("train/", "ab", 2), *many("test/", "ab", 2))
     for path in (tmp_path / lost).rglob("*.png"):

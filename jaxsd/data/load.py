@@ -40,6 +40,8 @@ def folder(
     cache: folder for decoded images, "auto" for the user's cache folder, None or "" for none.
     Raises UserError for a wrong path, layout, option, or unreadable image.
     """
+    if not str(path):
+        raise UserError("no image folder is given: give its path")
     root = Path(path).expanduser()
     target = layout(size, canvas, channels)
     if on_bad_image not in ("error", "skip"):
@@ -217,7 +219,8 @@ def _folder_sources(root: Path, entries: list[Entry], decoded: Decoded) -> dict[
     lost = {(entry.split, entry.category) for entry in entries} - {(entry.split, entry.category) for entry in read}
     for split, category in sorted(lost, key=str):
         if split == "train" or not any(entry.split == split for entry in read):
-            raise UserError(f"no image of {category or 'all'} in the {split} split of {root} can be read: repair it")
+            what = f"no image of class '{category}'" if category else "no image"
+            raise UserError(f"{what} in the {split} split of {root} can be read: repair or remove it")
     classes = tuple(sorted({entry.category for entry in read if entry.category is not None}))
     number = {name: label for label, name in enumerate(classes)}
     sources = {}
