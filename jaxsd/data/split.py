@@ -24,8 +24,8 @@ def carve(labels_or_n: np.ndarray | int, share: float, *, seed: int) -> tuple[np
         members = _members(np.asarray(labels_or_n))
         sizes = np.array([len(positions) for positions in members])
     counts = _proportional(sizes, share)
-    carved = [random.permutation(positions)[:count] for positions, count in zip(members, counts, strict=True)]
-    carved = np.sort(np.concatenate(carved)).astype(np.int64)
+    drawn = [random.permutation(positions)[:count] for positions, count in zip(members, counts, strict=True)]
+    carved = np.sort(np.concatenate(drawn)).astype(np.int64)
     return np.setdiff1d(np.arange(sizes.sum(), dtype=np.int64), carved), carved
 
 
