@@ -346,7 +346,11 @@ def _verdict(lines: list[Line], ratios: dict[str, tuple[str, tuple[str, ...]]]) 
         best = min(settings, key=lambda setting: statistics.median(settings[setting]))
         peer = statistics.median(settings[best])
         verdict[name] = round(peer / mine, 3)
-        verdict[name.replace("ratio", "medians")] = {"jaxsd": mine, "torch": peer, "torch_setting": best}
+        verdict[name.replace("ratio", "medians")] = {
+            "jaxsd": round(mine, 3),
+            "torch": round(peer, 3),
+            "torch_setting": best,
+        }
     return {**verdict, "repeats": len(theirs) // len(settings)}
 
 
