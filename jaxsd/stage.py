@@ -1,6 +1,7 @@
 """One training run as a value: what is shown, what is asked, for how long, and what comes from the stage before."""
 
 import dataclasses
+import json
 import shutil
 import time
 import zlib
@@ -14,7 +15,7 @@ import numpy as np
 import optax
 
 from jaxsd.data.source import Source
-from jaxsd.errors import UserError
+from jaxsd.errors import RunError, Stopped, UserError
 from jaxsd.models.forward import STANDARDISE
 from jaxsd.objectives.objective import Objective
 from jaxsd.train import loop
@@ -23,10 +24,10 @@ from jaxsd.train.schedule import Schedule
 from jaxsd.train.state import State, carry, create, merge
 from jaxsd.train.step import Augment
 from jaxsd.views.view import compose
-from jaxsd.workdir import Journal, differences, fingerprint, log, read_json, write_json
+from jaxsd.workdir import Journal, differences, fingerprint, locked, log, read_json, write_json
 
 Tree = Any
-WEIGHTS_FORMAT = 1  # raised when the same stage would no longer give the same weights or the same files
+WEIGHTS_FORMAT = 2  # raised when the same stage would no longer give the same weights or the same files
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,7 +40,8 @@ class Stage:
     match: names of stages whose pixels, summed, this stage is to show: `epochs` and the schedule are stretched.
     fresh: modules that start anew instead of coming from the stage before; under: the submodule which takes the
         stage before as a whole; freeze: modules without gradient (the model itself must run them in inference mode).
-    spec: the same as a JSON value, for the fingerprint: everything that decides the weights.
+    spec: the same as a JSON value, for the fingerprint: network, objective, optimiser, augmentations and whatever else
+        decides the weights. Needed where a run is written to a workdir.
     """
 
     name: str
@@ -59,6 +61,12 @@ class Stage:
     under: str = ""
     freeze: tuple[str, ...] = ()
     spec: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.epochs < 1 or self.batch_size < 1:
+            raise UserError(
+                f"stage {self.name!r}: {self.epochs} epochs of batches of {self.batch_size}: give 1 or more"
+            )
 
     @property
     def downstream(self) -> bool:
@@ -90,8 +98,10 @@ class Run(NamedTuple):
 
     def identity(self) -> dict[str, Any]:
         """Everything that decides the weights, as a JSON value."""
+        # The schedule as it is run: stretched stages have other milestones than their spec.
+        stage = {**self.stage.spec, "schedule": dataclasses.asdict(self.stage.schedule)}
         return {
-            "stage": dict(self.stage.spec),
+            "stage": json.loads(json.dumps(stage)),
             "epochs": self.stage.epochs,
             "path": "/".join(self.path),
             "seed": self.seed,
@@ -201,34 +211,67 @@ def run_stage(
     With a workdir everything is written to the run's folder, done.json last. standard: mean and deviation per channel
     of the images in [0, 1]. Raises UserError where a tensor of the parent has no place or is missing.
     """
+    stop = stop or loop.Stop()
+    if workdir is None:
+        return _train(run, source, standard, parent, validation, loop.Watch(stop=stop), None)
+    if not run.stage.spec:
+        raise UserError(f"stage {run.stage.name!r}: give a spec, by which its weights are known again in a workdir")
+    folder = run.folder(workdir)
+    with locked(folder / ".lock", lambda: _wait(stop, folder)):
+        if done(run, workdir) is not None:  # another process has trained it meanwhile
+            return restore(run, source, workdir)
+        if lines := check_folder(run, workdir):
+            raise UserError(
+                f"{folder} holds a stage that was made otherwise: {'; '.join(lines[:6])}; take another workdir"
+            )
+        write_json(folder / "stage.json", run.identity())
+        checkpoints, journal = Checkpoints(folder / "checkpoints"), Journal(folder / "metrics.jsonl")
+        watch = loop.Watch(checkpoints=checkpoints, journal=journal, save_seconds=save_seconds, stop=stop)
+        try:
+            return _train(run, source, standard, parent, validation, watch, folder)
+        finally:
+            checkpoints.close()
+
+
+def _train(
+    run: Run,
+    source: Source,
+    standard: tuple[np.ndarray, np.ndarray],
+    parent: Trained | None,
+    validation: Source | None,
+    watch: loop.Watch,
+    folder: Path | None,
+) -> Trained:
     stage, key = run.stage, run.key()
     viewed = stage.view(source)
     state, lines = start(stage, key, viewed, standard, parent)
     plan = plan_of(stage, key, len(viewed))
-    watch = loop.Watch(where=f"{'/'.join(run.path)} seed {run.seed}", stop=stop or loop.Stop())
+    watch.where = f"{'/'.join(run.path)} seed {run.seed}"
     _say_beginning(watch.where, stage, viewed, plan)
     if validation is not None:
         watch.validate = _validation(stage, data_of(stage.view(validation)))
-    if workdir is None:
-        state = loop.run(state, data_of(viewed), plan, stage.objective, stage.optimiser, stage.augment, watch=watch)
-        return Trained(merge(state.params, state.frozen), state.extra)
-    folder = run.folder(workdir)
-    write_json(folder / "stage.json", run.identity())
-    write_json(folder / "transfer.json", lines)
-    watch.journal, watch.save_seconds = Journal(folder / "metrics.jsonl"), save_seconds
-    watch.checkpoints = Checkpoints(folder / "checkpoints")
-    try:
-        state = loop.run(state, data_of(viewed), plan, stage.objective, stage.optimiser, stage.augment, watch=watch)
-    finally:
-        watch.checkpoints.close()
-    write_json(folder / "done.json", _record(run, viewed, watch.journal, plan))
+    if folder is not None:
+        write_json(folder / "transfer.json", lines)
+    state = loop.run(state, data_of(viewed), plan, stage.objective, stage.optimiser, stage.augment, watch=watch)
+    if folder is not None and watch.journal is not None:
+        write_json(folder / "done.json", _record(run, viewed, watch.journal, plan))
     return Trained(merge(state.params, state.frozen), state.extra)
 
 
+def _wait(stop: loop.Stop, folder: Path) -> None:
+    """While another process trains the stage."""
+    if stop.signal is not None:
+        raise Stopped(f"stopped while another process trained {folder}", stop.signal)
+
+
 def restore(run: Run, source: Source, workdir: Path) -> Trained:
-    """The weights of a finished run."""
+    """The weights of a finished run; RunError where they are damaged, after which the run counts as unfinished."""
     like = jax.eval_shape(run.stage.objective.init, run.key(), {"image": run.stage.view(source.take([0])).images})
-    model = restore_model(run.folder(workdir) / "checkpoints", {"params": like[0], "extra": like[1]})
+    try:
+        model = restore_model(run.folder(workdir) / "checkpoints", {"params": like[0], "extra": like[1]})
+    except RunError as error:
+        (run.folder(workdir) / "done.json").unlink(missing_ok=True)
+        raise RunError(f"{error}; the same command trains the rest of that stage again") from error
     return Trained(model["params"], model["extra"])
 
 

@@ -1,12 +1,20 @@
-"""Files of a run: atomic JSON, the journal of epochs, fingerprints, the log."""
+"""Files of a run: atomic JSON, the journal of epochs, fingerprints, locks, the log."""
 
+import contextlib
 import hashlib
 import json
 import logging
 import os
 import sys
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+
+try:
+    import fcntl
+except ImportError:  # Windows: two processes in one workdir are not kept apart there
+    fcntl = None
 
 log = logging.getLogger("jaxsd")
 
@@ -47,6 +55,21 @@ def differences(old: Any, new: Any, at: str = "") -> list[str]:
     return [] if old == new else [f"{at}: {json.dumps(old)} -> {json.dumps(new)}"]
 
 
+@contextlib.contextmanager
+def locked(path: Path, on_wait: Callable[[], None]) -> Iterator[None]:
+    """Holds the lock on a file, which ends with the process; on_wait is called while another process has it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "w") as file:
+        while fcntl is not None:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                on_wait()
+                time.sleep(0.2)
+        yield
+
+
 class Journal:
     """metrics.jsonl of a stage: one JSON object per epoch and split, in order of steps."""
 
@@ -54,14 +77,12 @@ class Journal:
         self.path = Path(path)
         self.path.parent.mkdir(parents=True, exist_ok=True)
 
-    def rewind(self, step: int) -> float:
-        """Drops what came after `step` (a resumed run writes it again); returns the seconds of training so far."""
-        try:
-            lines = self.path.read_text().splitlines()
-        except FileNotFoundError:
-            return 0.0
-        kept, seconds = [], 0.0
-        for line in lines:
+    def rewind(self, step: int) -> None:
+        """Drops what came after `step`: a resumed run writes it again."""
+        if not self.path.exists():
+            return
+        kept = []
+        for line in self.path.read_text().splitlines():
             try:
                 entry = json.loads(line)
             except json.JSONDecodeError:  # the last line of a run that was killed while writing
@@ -69,11 +90,9 @@ class Journal:
             if entry["step"] > step:
                 break
             kept.append(line + "\n")
-            seconds = entry.get("seconds", seconds)
         temporary = self.path.with_name(f".{self.path.name}.{os.getpid()}")
         temporary.write_text("".join(kept))
         os.replace(temporary, self.path)
-        return seconds
 
     def last(self, split: str = "train") -> dict[str, Any] | None:
         """The newest object of a split."""

@@ -1,25 +1,39 @@
 """Checkpoints of a training run: Orbax, in two parts that are read apart.
 
 `model` holds what the next stage or an evaluation needs (all parameters, frozen ones too, and `extra`); `training`
-holds the rest of what a resumed run needs (optimiser state, key, step, the running sums of the epoch).
+holds the rest of what a resumed run needs (optimiser state, key, step, the running sums of the epoch). `record` holds
+a checksum of every tensor, since Orbax does not notice every damaged file, and the seconds of training so far.
 """
 
 import contextlib
 import logging
+import shutil
 import warnings
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 from flax import traverse_util
 
 from jaxsd.errors import RunError
 from jaxsd.train.state import State, merge, partition
+from jaxsd.workdir import log
 
 Tree = Any
+
+
+class Saved(NamedTuple):
+    """What a checkpoint of a running stage holds."""
+
+    step: int
+    state: State
+    sums: Tree
+    seconds: float  # of training until then
 
 
 @contextlib.contextmanager
@@ -42,22 +56,30 @@ class Checkpoints:
     """The step-numbered checkpoints in one folder; the newest `keep` stay."""
 
     def __init__(self, directory: Path, *, keep: int = 2):
+        self.directory = Path(directory)
         options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=True, cleanup_tmp_directories=True)
         with _quiet():
             self._manager = ocp.CheckpointManager(
-                Path(directory).absolute(), item_names=("model", "training"), options=options
+                self.directory.absolute(), item_names=("model", "training", "record"), options=options
             )
-        self.directory = Path(directory)
 
     def latest(self) -> int | None:
-        """The newest complete step, or None."""
+        """The newest step, or None."""
         return self._manager.latest_step()
 
-    def save(self, step: int, state: State, sums: Tree) -> None:
-        """Starts writing a checkpoint in the background; waits for the one before."""
+    def save(self, step: int, state: State, sums: Tree, *, seconds: float = 0.0) -> None:
+        """Starts writing a checkpoint in the background; waits for the one before.
+
+        The arrays must not be given away (donated) until `wait` returns.
+        """
         model = {"params": merge(state.params, state.frozen), "extra": state.extra}
         training = {"opt_state": state.opt_state, "key": state.key, "step": state.step, "sums": sums}
-        args = ocp.args.Composite(model=ocp.args.StandardSave(model), training=ocp.args.StandardSave(training))
+        record = {"model": _checksums(model), "training": _checksums(training), "seconds": seconds}
+        args = ocp.args.Composite(
+            model=ocp.args.StandardSave(model),
+            training=ocp.args.StandardSave(training),
+            record=ocp.args.JsonSave(record),
+        )
         with _quiet():
             if not self._manager.save(step, args=args, force=True):
                 raise RunError(f"checkpoint of step {step} was not written to {self.directory}")
@@ -67,21 +89,35 @@ class Checkpoints:
         with _quiet():
             self._manager.wait_until_finished()
 
-    def restore(self, step: int, state: State, sums: Tree) -> tuple[State, Tree]:
-        """The saved state and sums; `state` and `sums` (values are not read) say shapes, types and placement."""
+    def resume(self, state: State, sums: Tree) -> Saved | None:
+        """The newest checkpoint that is whole, None where there is none.
+
+        Damaged ones are named in the log and moved out of the way, to the folder `damaged` beside this one. `state`
+        and `sums` (values are not read) say shapes, types and placement.
+        """
+        for step in sorted(self._manager.all_steps(), reverse=True):
+            try:
+                return self.restore(step, state, sums)
+            except RunError as error:
+                aside = self.directory.parent / "damaged" / str(step)
+                log.warning("%s; it is now in %s, training goes on from the one before", error, aside.parent)
+                shutil.rmtree(aside, ignore_errors=True)
+                aside.parent.mkdir(exist_ok=True)
+                shutil.move(self.directory / str(step), aside)
+                self._manager.reload()
+        return None
+
+    def restore(self, step: int, state: State, sums: Tree) -> Saved:
+        """The checkpoint of a step, placed as `state` and `sums` are; RunError where it is damaged."""
         like = jax.tree.map(_abstract, (state, sums))
         model = {"params": merge(like[0].params, like[0].frozen), "extra": like[0].extra}
         training = {"opt_state": like[0].opt_state, "key": like[0].key, "step": like[0].step, "sums": like[1]}
-        args = ocp.args.Composite(model=ocp.args.StandardRestore(model), training=ocp.args.StandardRestore(training))
-        with _quiet():
-            saved = self._manager.restore(step, args=args)
+        saved = _read(self._manager, self.directory, step, {"model": model, "training": training})
+        model, training = saved["model"], saved["training"]
         names = ["/".join(path) for path in traverse_util.flatten_dict(state.frozen)]
-        params, frozen = partition(saved["model"]["params"], names)
-        training = saved["training"]
-        restored = State(
-            training["step"], params, frozen, saved["model"]["extra"], training["opt_state"], training["key"]
-        )
-        return restored, training["sums"]
+        params, frozen = partition(model["params"], names)
+        restored = State(training["step"], params, frozen, model["extra"], training["opt_state"], training["key"])
+        return Saved(step, restored, training["sums"], saved["record"]["seconds"])
 
     def close(self) -> None:
         """Waits for the last write and lets go of the folder."""
@@ -90,14 +126,15 @@ class Checkpoints:
 
 
 def restore_model(directory: Path, model: Tree) -> Tree:
-    """The newest {"params", "extra"} in a checkpoint folder, alone; `model` says shapes and types."""
-    like = jax.tree.map(_abstract, model)
+    """The newest {"params", "extra"} in a checkpoint folder, alone; `model` says shapes and types.
+
+    Raises RunError where there is none or it is damaged.
+    """
     with _quiet(), ocp.CheckpointManager(Path(directory).absolute()) as manager:
         step = manager.latest_step()
         if step is None:
-            raise RunError(f"no checkpoint in {directory}: remove the stage's folder to train it again")
-        args = ocp.args.Composite(model=ocp.args.StandardRestore(like))
-        return manager.restore(step, args=args)["model"]
+            raise RunError(f"there is no checkpoint in {directory}")
+        return _read(manager, directory, step, {"model": jax.tree.map(_abstract, model)})["model"]
 
 
 def read_model(directory: Path) -> Tree:
@@ -108,6 +145,35 @@ def read_model(directory: Path) -> Tree:
             raise RunError(f"no checkpoint in {directory}")
         saved = manager.restore(step, args=ocp.args.Composite(model=ocp.args.StandardRestore()))["model"]
     return jax.tree.map(np.asarray, saved)
+
+
+def _read(manager: ocp.CheckpointManager, directory: Path, step: int, like: dict[str, Tree]) -> dict[str, Any]:
+    """The named parts of a checkpoint and its record; RunError where a file or a checksum is wrong."""
+    parts = {name: ocp.args.StandardRestore(tree) for name, tree in like.items()}
+    damaged = f"the checkpoint of step {step} in {directory} is damaged"
+    try:
+        with _quiet():
+            saved = manager.restore(step, args=ocp.args.Composite(**parts, record=ocp.args.JsonRestore()))
+    except (MemoryError, RuntimeError):  # the machine's fault (jax raises the latter), not the file's
+        raise
+    except Exception as error:  # whatever Orbax and what is under it make of a damaged file
+        raise RunError(f"{damaged} ({type(error).__name__})") from error
+    for name in like:
+        sums, wanted = _checksums(saved[name]), saved["record"][name]
+        wrong = [path for path in {*sums, *wanted} if sums.get(path) != wanted.get(path)]
+        if wrong:
+            raise RunError(f"{damaged}: {len(wrong)} tensors have another checksum, such as {min(wrong)}")
+    return saved
+
+
+def _checksums(tree: Tree) -> dict[str, int]:
+    """A CRC-32 of the bytes of every array."""
+    sums = {}
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+        if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+            leaf = jax.random.key_data(leaf)
+        sums[jax.tree_util.keystr(path)] = zlib.crc32(np.ascontiguousarray(leaf).reshape(-1).view(np.uint8))
+    return sums
 
 
 def _abstract(leaf: Any) -> jax.ShapeDtypeStruct:

@@ -67,10 +67,11 @@ class Watch:
     validate: Callable[[State], dict[str, float]] | None = None
 
 
-def data_mesh() -> Mesh | None:
-    """A mesh over all local devices with the one axis `data`; None for a single device."""
+def data_mesh(batch_size: int) -> Mesh | None:
+    """A mesh with the one axis `data` over as many local devices as divide the batch; None for a single device."""
     devices = jax.local_devices()
-    return Mesh(np.array(devices), ("data",)) if len(devices) > 1 else None
+    count = next(n for n in range(len(devices), 0, -1) if batch_size % n == 0)
+    return Mesh(np.array(devices[:count]), ("data",)) if count > 1 else None
 
 
 def spread(tree: Tree, mesh: Mesh | None) -> Tree:
@@ -122,43 +123,56 @@ def run(
 ) -> State:
     """Trains until the plan's end, from the newest checkpoint if there is one; returns the last state.
 
-    data: {"image": uint8 [N, H, W, C], "label": int32 [N]}, put on the device once.
-    Raises RunError at a non-finite loss and Stopped after a signal, both with everything saved that is worth it.
+    state: given away (its buffers are reused). data: {"image": uint8 [N, H, W, C], "label": int32 [N]}, put on the
+    device once. The batch is split over the local devices, over as many as divide it.
+    Raises RunError at a non-finite loss or weight and Stopped after a signal, both with everything saved that is
+    worth it.
     """
     watch = watch or Watch()
-    mesh = data_mesh()
-    step, advance = compiled(objective, optimiser, augment, mesh)
     index, _ = plan.batches(0)
     steps, batch_size = index.shape
+    mesh = _mesh_for(batch_size, watch.where)
+    step, advance = compiled(objective, optimiser, augment, mesh)
     state, placed = spread(state, mesh), spread(data, mesh)
     sums = spread(_no_sums(step, state, placed, batch_size), mesh)
     done, seconds = 0, 0.0
-    if watch.checkpoints is not None and (latest := watch.checkpoints.latest()) is not None:
-        state, sums = watch.checkpoints.restore(latest, state, sums)
-        done = latest
+    if watch.checkpoints is not None and (saved := watch.checkpoints.resume(state, sums)) is not None:
+        done, state, sums, seconds = saved
         log.info("%s: continues at step %d of %d", watch.where, done, plan.epochs * steps)
     if watch.journal is not None:
-        seconds = watch.journal.rewind(done)
+        watch.journal.rewind(done)
     loop = _Loop(watch, plan, steps, seconds)
+    loop.stop_if_asked(done, None, None)
     with tqdm(total=plan.epochs * steps, initial=done, desc=watch.where, unit="step", disable=None, leave=False) as bar:
         for epoch in range(done // steps, plan.epochs):
             state, sums = loop.epoch(epoch, state, sums, placed, advance, mesh, bar)
-    if watch.checkpoints is not None and done < plan.epochs * steps:
-        watch.checkpoints.save(plan.epochs * steps, state, sums)
-        watch.checkpoints.wait()
+    if done < plan.epochs * steps:
+        loop.save(plan.epochs * steps, state, sums)
     return state
+
+
+def _mesh_for(batch_size: int, where: str) -> Mesh | None:
+    mesh, count = data_mesh(batch_size), len(jax.local_devices())
+    used = mesh.size if mesh else 1
+    if used < count:
+        log.warning(
+            "%s: batches of %d use %d of %d devices: take a multiple of %d", where, batch_size, used, count, count
+        )
+    return mesh
 
 
 class _Loop:
     """The host's side of one run: clocks, the window of losses that are still being computed, saving."""
 
     def __init__(self, watch: Watch, plan: Plan, steps: int, seconds: float):
-        self.watch, self.plan, self.steps, self.seconds = watch, plan, steps, seconds
+        self.watch, self.plan, self.steps = watch, plan, steps
+        self.seconds = seconds  # of training before the time `since`; what is between epochs does not count
+        self.since: float | None = None
         self.saved = time.monotonic()
         self.window: deque[tuple[int, jax.Array]] = deque()
 
     def epoch(self, epoch, state, sums, data, advance, mesh, bar):
-        start = time.monotonic()
+        start = self.since = time.monotonic()
         order = [*self.plan.batches(epoch), self.plan.rates[epoch * self.steps : (epoch + 1) * self.steps]]
         order = spread([np.asarray(part) for part in order], mesh)
         done = first = int(sums["steps"])
@@ -168,13 +182,16 @@ class _Loop:
             self._look(step, loss, AHEAD)
             bar.update()
             if done < self.steps:
-                self._save_if_asked(step, state, sums)
+                self._save_if_due(step, state, sums)
         self._look(0, None, 0)
-        self.seconds += time.monotonic() - start
+        self.seconds, self.since = self._elapsed(), None
         self._report(epoch, (done - first) / max(time.monotonic() - start, 1e-9), state, sums)
         sums = jax.tree.map(jnp.zeros_like, sums)
-        self._save_if_asked((epoch + 1) * self.steps, state, sums)
+        self._save_if_due((epoch + 1) * self.steps, state, sums)
         return state, sums
+
+    def _elapsed(self) -> float:
+        return self.seconds + (time.monotonic() - self.since if self.since is not None else 0.0)
 
     def _report(self, epoch: int, steps_per_second: float, state: State, sums: Tree) -> None:
         totals = jax.device_get(sums)
@@ -201,34 +218,47 @@ class _Loop:
         while len(self.window) > ahead:
             at, value = self.window.popleft()
             if not math.isfinite(value := float(value)):
-                kept = self.watch.checkpoints.latest() if self.watch.checkpoints is not None else None
-                raise RunError(
-                    f"the loss became {value} at {self.watch.where}, step {at} (epoch {(at - 1) // self.steps + 1}), "
-                    f"rate {self.plan.rates[at - 1]:g}: lower the rate, warm it up or clip the gradients"
-                    + (f"; the checkpoint of step {kept} stays" if kept is not None else "")
-                )
+                self._fail(at, f"the loss became {value}")
 
-    def _save_if_asked(self, step: int, state: State, sums: Tree) -> None:
-        if self.watch.stop.signal is not None:
-            self._stop(step, state, sums)
+    def _fail(self, step: int, what: str) -> None:
+        kept = self.watch.checkpoints.latest() if self.watch.checkpoints is not None else None
+        raise RunError(
+            f"{what} at {self.watch.where}, step {step} (epoch {(step - 1) // self.steps + 1}), "
+            f"rate {self.plan.rates[step - 1]:g}: lower the rate, warm it up or clip the gradients"
+            + (f"; the checkpoint of step {kept} stays" if kept is not None else "")
+        )
+
+    def _save_if_due(self, step: int, state: State, sums: Tree) -> None:
+        self.stop_if_asked(step, state, sums)
         if self.watch.checkpoints is None or step == self.plan.epochs * self.steps:
             return
         if time.monotonic() - self.saved >= self.watch.save_seconds:
-            self._look(0, None, 0)
             # The next step gives these buffers away while Orbax still writes them: save copies.
-            self.watch.checkpoints.save(step, *jax.tree.map(jnp.copy, (state, sums)))
+            self.save(step, *jax.tree.map(jnp.copy, (state, sums)), wait=False)
             self.saved = time.monotonic()
 
-    def _stop(self, step: int, state: State, sums: Tree) -> None:
+    def save(self, step: int, state: State, sums: Tree, *, wait: bool = True) -> None:
+        """Writes a checkpoint, after a look at the losses until now and at the weights."""
         self._look(0, None, 0)
-        if self.watch.checkpoints is not None and self.watch.checkpoints.latest() != step:
-            self.watch.checkpoints.save(step, state, sums)
-            self.watch.checkpoints.wait()
+        floats = [x for x in jax.tree.leaves((state.params, state.extra)) if jnp.issubdtype(x.dtype, jnp.floating)]
+        if not all(np.isfinite(np.asarray(x)).all() for x in floats):
+            self._fail(step, "a weight became infinite or NaN")
+        if self.watch.checkpoints is not None:
+            self.watch.checkpoints.save(step, state, sums, seconds=self._elapsed())
+            if wait:
+                self.watch.checkpoints.wait()
+
+    def stop_if_asked(self, step: int, state: State | None, sums: Tree) -> None:
+        """Raises Stopped where a signal has come, with the state saved if there is one that is not yet."""
+        if self.watch.stop.signal is None:
+            return
+        if state is not None and (self.watch.checkpoints is None or self.watch.checkpoints.latest() != step):
+            self.save(step, state, sums)
         kept = "saved" if self.watch.checkpoints is not None else "not saved: there is no workdir"
         raise Stopped(
             f"stopped at {self.watch.where}, step {step} of {self.plan.epochs * self.steps}; {kept}; "
             "the same command goes on from there",
-            self.watch.stop.signal or 0,
+            self.watch.stop.signal,
         )
 
 
@@ -256,9 +286,10 @@ def evaluate(
     objective: Objective, params: Tree, extra: Tree, data: dict[str, np.ndarray], *, batch_size: int = 256
 ) -> dict[str, float]:
     """Loss and metrics of an objective in inference mode, exact means over all images of `data`."""
-    mesh = data_mesh()
+    mesh = data_mesh(batch_size)
     index, masks = ordered_batches(len(data["image"]), batch_size)
-    function, placed = _evaluation(objective, mesh), spread(data, mesh)
+    function = _evaluation(objective, mesh)
+    params, extra, placed = spread((params, extra, data), mesh)
     parts = [function(params, extra, placed, rows, mask) for rows, mask in zip(index, masks, strict=True)]
     weights = masks.sum(1)
     means = {name: np.array([float(part[name]) for part in parts]) for name in parts[0]}

@@ -32,6 +32,8 @@ def _under(path: tuple[str, ...], names: Sequence[str]) -> bool:
 
 def partition(params: Tree, freeze: Sequence[str]) -> tuple[Tree, Tree]:
     """Splits parameters into (trained, frozen) by module names or path prefixes; names that match nothing raise."""
+    if not freeze:
+        return params, {}
     flat = traverse_util.flatten_dict(params)
     for name in freeze:
         if not any(_under(path, [name]) for path in flat):
@@ -87,13 +89,16 @@ def carry(source: Tree, target: Tree, *, fresh: Sequence[str] = (), under: str =
       The target with copied leaves, and [{"tensor", "action": copied | fresh | dropped, "shape"}, ...].
 
     Raises:
-      UserError naming every tensor that is missing, surplus or of another shape or dtype and not listed in `fresh`.
+      UserError naming every tensor that is missing, surplus or of another shape or dtype and not listed in `fresh`,
+      and every name in `fresh` that neither network has.
     """
     prefix = tuple(under.split("/")) if under else ()
     given = {(path[0], *prefix, *path[1:]): leaf for path, leaf in traverse_util.flatten_dict(source).items()}
     wanted = traverse_util.flatten_dict(target)
     names = [*fresh, *(f"{under}/{name}" for name in fresh if under)]
-    result, lines, wrong = {}, [], []
+    result, lines, paths = {}, [], [path[1:] for path in (*wanted, *given)]
+    unknown = [name for name in fresh if not any(_under(path, [name, f"{under}/{name}"]) for path in paths)]
+    wrong = [f"{name!r} in `fresh` is in neither network" for name in unknown]
     for path, leaf in wanted.items():
         name, shape = "/".join(path), list(leaf.shape)
         other = given.get(path)

@@ -27,8 +27,9 @@ def make_train_step(
     batch needs "image" (uint8, or float32 in [0, 1]); without a mask every image counts. Metrics hold loss, the
     objective's metrics and grad_norm. All randomness is fold_in(state.key, state.step).
 
-    axis_name: for pmap or shard_map: gradients, metrics and extra are averaged over the axis and every device draws
-        its own augmentation. Under a mesh with jit it is not needed, and batch statistics are global.
+    axis_name: for pmap or shard_map: gradients, metrics and extra are averaged over the axis, each device counting by
+        its masked images, and every device draws its own augmentation and batch statistics. Under a mesh with jit it
+        is not needed, and batch statistics are global.
     """
 
     def step(state: State, batch: dict[str, Any]) -> tuple[State, dict[str, jax.Array]]:
@@ -47,13 +48,32 @@ def make_train_step(
         def loss_of(params: Any):
             return objective.loss(merge(params, state.frozen), state.extra, batch, loss_key)
 
-        (loss, (metrics, extra)), grads = jax.value_and_grad(loss_of, has_aux=True)(state.params)
+        params = state.params if axis_name is None else _own(state.params, axis_name)
+        (loss, (metrics, extra)), grads = jax.value_and_grad(loss_of, has_aux=True)(params)
         metrics = {"loss": loss, **metrics}
         if axis_name is not None:
-            grads, metrics, extra = jax.lax.pmean((grads, metrics, extra), axis_name)
+            grads, metrics, extra = _average(grads, metrics, extra, state.extra, jnp.sum(mask), axis_name)
         metrics["grad_norm"] = optax.global_norm(grads)
         updates, opt_state = optimiser.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         return state.replace(step=state.step + 1, params=params, extra=extra, opt_state=opt_state), metrics
 
     return step
+
+
+def _own(params: Any, axis_name: str) -> Any:
+    """The parameters as each device's own: shard_map adds up the gradient of what devices share, before we see it."""
+    nothing = 0 * jax.lax.axis_index(axis_name)
+    return jax.tree.map(lambda p: p + nothing.astype(p.dtype), params)
+
+
+def _average(grads: Any, metrics: Any, extra: Any, old: Any, images: jax.Array, axis_name: str) -> tuple[Any, Any, Any]:
+    """Means over the devices, weighted by their images; what a step leaves alone in extra stays bit for bit."""
+    share = images / jnp.maximum(jax.lax.pmean(images, axis_name), 1e-6)
+    grads, metrics = jax.lax.pmean(jax.tree.map(lambda x: share.astype(x.dtype) * x, (grads, metrics)), axis_name)
+
+    def merged(new: jax.Array, before: jax.Array) -> jax.Array:
+        floating = jnp.issubdtype(before.dtype, jnp.floating)
+        return before + jax.lax.pmean(new - before, axis_name) if floating else new
+
+    return grads, metrics, jax.tree.map(merged, extra, old)
