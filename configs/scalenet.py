@@ -107,8 +107,6 @@ def photos(config):
     config.labels = ordered(few=amount(per_class=10))
     config.model = dict(name="resnet8")
     config.stages = four_arms(half=(0.1, 8), full=(0.05, 8), downstream=downstream(0.05, 20, epoch_images=1000))
-    config.arms = ordered(rotnet=ARMS["rotnet"], scalenet=ARMS["scalenet"])
-    config.baseline = "rotnet"
     config.evaluations = ("pretext", "ridge", "finetune")
     config.probe = None
 
@@ -210,8 +208,7 @@ def imagenet_subset(config):
 
 def cifar10_data(config):
     """CIFAR-10 and the paper's network; the stem for small images is ours."""
-    config.data = dict(name="tfds", data_dir=config_dict.placeholder(str))
-    config.data.update(dict(dataset="cifar10"))
+    config.data = dict(name="tfds", dataset="cifar10", data_dir=config_dict.placeholder(str))
     config.model = dict(name="resnet50", stem="cifar")
 
 

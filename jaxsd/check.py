@@ -75,7 +75,14 @@ def _finish(command: Sequence[str], workdir: Path) -> None:
 
 def _progress(workdir: Path) -> int:
     """Epochs written so far, over all stages."""
-    return sum(path.read_bytes().count(b"\n") for path in workdir.glob("stages/**/metrics.jsonl"))
+    folders = os.walk(workdir / "stages")  # unlike glob it bears folders that vanish meanwhile
+    journals = [Path(folder, name) for folder, _, names in folders for name in names if name == "metrics.jsonl"]
+    return sum(path.read_bytes().count(b"\n") for path in journals)
+
+
+def _saving(workdir: Path) -> bool:
+    """Whether a checkpoint is being written."""
+    return any("tmp" in name for _, names, _ in os.walk(workdir / "stages") for name in names)
 
 
 def _kill_along(command: Sequence[str], workdir: Path, kills: int, seed: int, total: int) -> None:
@@ -86,7 +93,7 @@ def _kill_along(command: Sequence[str], workdir: Path, kills: int, seed: int, to
         while _progress(workdir) < total * kill / kills and process.poll() is None:
             time.sleep(0.01)
         if kill % 5 == 4:  # every fifth within a save
-            while not list(workdir.glob("stages/**/checkpoints/*tmp*")) and process.poll() is None:
+            while not _saving(workdir) and process.poll() is None:
                 time.sleep(0.001)
         else:
             time.sleep(moments.uniform(0, 1.5))

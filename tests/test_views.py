@@ -48,16 +48,16 @@ def test_quarter_turns_equal_rot90_and_come_back():
         np.testing.assert_array_equal(pixels.quarter_turns(turned, 4 - k), images)
 
 
-def test_four_turns_are_image_major_with_and_without_jit():
+def test_all_turns_are_image_major_with_and_without_jit():
     images = photos(8).images
-    turned = pixels.four_turns(images)
+    turned = pixels.turned(images)
     assert turned.dtype == np.uint8 and turned.shape == (12, 8, 8, 3)
     for i in range(3):
         for k in range(4):
             np.testing.assert_array_equal(turned[4 * i + k], np.rot90(images[i], k))
-    np.testing.assert_array_equal(jax.jit(pixels.four_turns)(images), turned)
+    np.testing.assert_array_equal(jax.jit(pixels.turned)(images), turned)
     with pytest.raises(UserError, match="square"):
-        pixels.four_turns(images[:, :5])
+        pixels.turned(images[:, :5])
 
 
 # Resizing

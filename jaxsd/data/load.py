@@ -86,7 +86,7 @@ def arrays(path: str | Path, *, validation: float = 0.0) -> Splits:
 
 
 def tfds(
-    name: str,
+    dataset: str,
     *,
     size: int | tuple[int, int] | None = None,
     canvas: str = "crop",
@@ -103,11 +103,11 @@ def tfds(
     Raises UserError where the package, the set, a split or its images are not there.
     """
     target = layout(size, canvas, 3)
-    builder = _tfds_builder(name, data_dir)
+    builder = _tfds_builder(dataset, data_dir)
     keys = builder.info.supervised_keys or ("image", "label")
     features = builder.info.features
     if len(keys) != 2 or any(key not in features for key in keys) or not hasattr(features[keys[1]], "names"):
-        raise UserError(f"the TFDS set {name} does not give an image and a class label: it has {', '.join(features)}")
+        raise UserError(f"the TFDS set {dataset} does not give an image and a class label: it has {', '.join(features)}")
     classes = tuple(features[keys[1]].names)
     names = {"train": train, "validation": validation if isinstance(validation, str) else None, "test": test}
     sources = {}
@@ -115,7 +115,7 @@ def tfds(
         if notation:
             images, labels = _tfds_split(builder, notation, keys, target)
             sources[split] = Source(images, labels, classes)
-    return _held_out(name, sources, 0.0 if isinstance(validation, str) else validation, 0.0, ())
+    return _held_out(dataset, sources, 0.0 if isinstance(validation, str) else validation, 0.0, ())
 
 
 def _tfds_builder(name: str, data_dir: str | Path | None) -> Any:

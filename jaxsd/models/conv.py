@@ -236,8 +236,10 @@ def _conv(x: Array, w: Array, stride: tuple[int, int], padding: tuple[int, int])
 
 def _fused(x: Array, w: Array, g: Geometry) -> Array:
     """A first layer (27 products for 3 x 3 x 3): multiply and add in one pass over the result, no patches in memory."""
+    (h, w_out), (sh, sw), (ph, pw) = g.out, g.stride, g.padding
+    x = lax.pad(x, jnp.zeros((), x.dtype), ((0, 0, 0), (ph, ph, 0), (pw, pw, 0), (0, 0, 0)))
     taps = [
-        _taps(_taps(x, ROWS, i - g.padding[0], g.out[0], g.stride[0]), COLUMNS, j - g.padding[1], g.out[1], g.stride[1])
+        x[:, i : i + sh * (h - 1) + 1 : sh, j : j + sw * (w_out - 1) + 1 : sw]
         for i in range(g.kernel[0])
         for j in range(g.kernel[1])
     ]

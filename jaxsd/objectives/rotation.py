@@ -7,29 +7,20 @@ import jax.numpy as jnp
 from jaxsd.errors import UserError
 from jaxsd.objectives.objective import Batch, Objective, Tree
 from jaxsd.objectives.supervised import supervised
-from jaxsd.views.pixels import quarter_turns
+from jaxsd.views.pixels import turned
 
 TURNS = (0, 1, 2, 3)
 
 
-def turned(batch: Batch, turns: tuple[int, ...] = TURNS) -> Batch:
-    """Every image of a batch turned by each of `turns` quarter turns counter-clockwise, image-major.
+def turned_batch(batch: Batch, turns: tuple[int, ...] = TURNS) -> Batch:
+    """Every image of a batch turned by each of `turns` quarter turns, image-major, labelled by its place in `turns`.
 
-    Position len(turns) * i + k holds image i turned turns[k] times, labelled k. Only flips and transposes are used, so
-    nothing but the content tells the angle. Images must be square. Source: ScaleNet section 2.2.
+    Only flips and transposes are used, so nothing but the content tells the angle. Source: ScaleNet section 2.2.
     """
-    images = batch["image"]
-    if images.shape[1] != images.shape[2]:
-        raise UserError(f"rotation needs square images, got {images.shape[1]} x {images.shape[2]}: set data.canvas")
     count = len(turns)
-    views = jnp.stack([quarter_turns(images, k) for k in turns], axis=1)  # [B, turns, H, W, C]
     repeated = {name: jnp.repeat(batch[name], count) for name in ("index", "mask") if name in batch}
-    return {
-        **batch,
-        **repeated,
-        "image": views.reshape(-1, *images.shape[1:]),
-        "label": jnp.tile(jnp.arange(count, dtype=jnp.int32), len(images)),
-    }
+    label = jnp.tile(jnp.arange(count, dtype=jnp.int32), len(batch["image"]))
+    return {**batch, **repeated, "image": turned(batch["image"], turns), "label": label}
 
 
 def rotation(model: nn.Module, *, turns: tuple[int, ...] = TURNS, label_smoothing: float = 0.0) -> Objective:
@@ -43,6 +34,6 @@ def rotation(model: nn.Module, *, turns: tuple[int, ...] = TURNS, label_smoothin
     classify = supervised(model, label_smoothing=label_smoothing)
 
     def loss(params: Tree, extra: Tree, batch: Batch, key: jax.Array, train: bool = True):
-        return classify.loss(params, extra, turned(batch, turns), key, train)
+        return classify.loss(params, extra, turned_batch(batch, turns), key, train)
 
     return Objective(classify.init, loss, views=len(turns))

@@ -55,16 +55,17 @@ def quarter_turns(images: Any, k: int) -> Any:
     return images[..., ::-1, :, :].swapaxes(-3, -2)
 
 
-def four_turns(images: Any) -> Any:
-    """All four quarter turns of square images [B, H, W, C], image-major: [4B, H, W, C].
+def turned(images: Any, turns: tuple[int, ...] = (0, 1, 2, 3)) -> Any:
+    """Every one of the quarter turns of square images [B, H, W, C], image-major: [turns * B, H, W, C].
 
-    Position 4 i + k holds image i turned k times counter-clockwise, as in RotNet's loader. numpy and JAX arrays alike.
+    Position len(turns) * i + k holds image i turned turns[k] times counter-clockwise, as in RotNet's loader. numpy and
+    JAX arrays alike.
     """
     if images.shape[1] != images.shape[2]:
-        raise UserError(f"four turns need square images: got {images.shape[1]} x {images.shape[2]}")
+        raise UserError(f"turning needs square images, got {images.shape[1]} x {images.shape[2]}: set data.canvas")
     namespace = images.__array_namespace__()
-    turned = namespace.stack([quarter_turns(images, k) for k in range(4)], axis=1)  # [B, 4, H, W, C]
-    return turned.reshape(-1, *images.shape[1:])
+    views = namespace.stack([quarter_turns(images, k) for k in turns], axis=1)  # [B, turns, H, W, C]
+    return views.reshape(-1, *images.shape[1:])
 
 
 def harris_response(gray: np.ndarray, *, block: int = 2, sobel: int = 3, k: float = 0.04) -> np.ndarray:

@@ -1,0 +1,118 @@
+"""Every preset builds as written, and takes its steps at a tiny size."""
+
+import importlib.util
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from jaxsd import build
+from jaxsd.data import Source, Splits
+from jaxsd.errors import UserError
+from jaxsd.main import plain
+from jaxsd.recipe import Cell, Experiment
+
+CONFIGS = Path(__file__).parents[1] / "configs"
+PRESETS = {
+    "scalenet": (None, "tiny", "folder", "photos", "cifar10", "cifar10_limited", "imagenet_subset"),
+    "rotnet": (None, "tiny", "folder", "cifar10"),
+}
+EACH = [(name, preset) for name, presets in PRESETS.items() for preset in presets]
+
+
+def config_of(name, preset):
+    spec = importlib.util.spec_from_file_location(name, CONFIGS / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    config = plain(module.get_config(preset))
+    if config["data"]["name"] == "folder":
+        config["data"]["path"] = "/a/folder"
+    return config
+
+
+def shrunk(config):
+    """One step per stage: one epoch of eight images, and the smallest residual network for the largest."""
+    if config["model"]["name"] == "resnet50":
+        config["model"] = {"name": "resnet8"}
+    for stage in (*config["stages"].values(), *([config["probe"]] if config["probe"] else [])):
+        stage.update(epochs=1, batch_size=8)
+        stage.update(match=(), epoch_images=None)
+        stage["schedule"].pop("warmup", None)
+    config["subsets"] = {name: {"total": 8} for name in config["subsets"]}
+    config["labels"] = {name: {"total": 8} for name in config["labels"]}
+    return config
+
+
+@pytest.mark.parametrize(("name", "preset"), EACH)
+def test_a_preset_builds_as_written(name, preset):
+    config = config_of(name, preset)
+    recipe = build.recipe(config)
+    assert list(recipe.arms) == list(config["arms"])
+    assert recipe.baseline in recipe.arms and recipe.seeds == tuple(config["seeds"])
+    assert set(config["stages"]) == {stage.name for arm in recipe.arms.values() for stage in arm}, "a stage nobody uses"
+
+
+@pytest.mark.parametrize(("name", "preset"), EACH)
+def test_every_stage_of_a_preset_takes_a_step(name, preset, tmp_path):
+    config = shrunk(config_of(name, preset))
+    side, channels = (64, 3) if preset == "imagenet_subset" else (28, 1) if preset is None else (8, 1) if preset == "tiny" else (32, 3)
+    random = np.random.default_rng(0)
+    labels = np.arange(20) % 10
+    images = random.integers(0, 256, (20, side, side, channels), np.uint8)
+    splits = Splits("noise", Source(images, labels), None, Source(images[:10], labels[:10]))
+    recipe = build.recipe(config, splits.train.shape, 10)
+    experiment = Experiment(recipe, splits, tmp_path)
+    cells = [Cell(arm, list(recipe.inputs)[-1], list(recipe.labels)[0], 0) for arm in recipe.arms]
+    taken = set()
+    for run in experiment.all_runs(cells):
+        cell = next(c for c in cells if run in experiment.runs(c) or c.arm in recipe.probes and run in experiment.runs(c, probe=True))
+        runs = experiment.runs(cell, probe=run.stage.name == "probe")
+        path = runs[: [r.fingerprint() for r in runs].index(run.fingerprint()) + 1]
+        trained = experiment.trained(cell, path)
+        assert all(np.isfinite(leaf).all() for leaf in map(np.asarray, _leaves(trained.params)))
+        taken.add(run.stage.name)
+    assert taken >= set(config["stages"])
+
+
+def _leaves(tree):
+    return [leaf for part in tree.values() for leaf in (_leaves(part) if isinstance(part, dict) else [part])]
+
+
+def test_the_papers_numbers_stand_in_the_presets():
+    config = config_of("scalenet", "cifar10")
+    stage = config["stages"]["a50_r10"]
+    assert (stage["epochs"], stage["batch_size"], stage["optimiser"]["weight_decay"]) == (100, 128, 5e-4)
+    rates = build.recipe(config).arms["a50_100_r10_5"][1].schedule.rates(100, 1)
+    assert np.allclose(rates[[0, 29, 30, 59, 60, 79, 80, 99]], [0.05, 0.05, 0.01, 0.01, 0.002, 0.002, 0.0004, 0.0004])
+    rates = build.recipe(config).arms["rotnet"][-1].schedule.rates(240, 1)
+    assert np.allclose(rates[[0, 79, 80, 159, 160, 199, 200]], [1e-3, 1e-3, 2e-4, 2e-4, 4e-5, 4e-5, 8e-6])
+    table = config_of("scalenet", "imagenet_subset")
+    assert (table["stages"]["rotnet"]["batch_size"], table["stages"]["rotnet"]["epochs"]) == (192, 30)
+    assert list(config_of("scalenet", "cifar10_limited")["inputs"]) == ["original", "harris", "hybrid", "gray", "gray_harris"]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda c: c["model"].update(name="resnet9"), "unknown model 'resnet9'"),
+        (lambda c: c["model"].update(depth=3), "no option 'depth'"),
+        (lambda c: c["stages"]["half"].update(epoch=3), "key: 'epoch' is unknown: choose from epochs"),
+        (lambda c: c["stages"]["half"]["schedule"].update(factr=3), "argument: 'factr' is unknown: choose from factor"),
+        (lambda c: c["stages"]["half"]["optimiser"].update(name="sdg"), "'sdg' is unknown: choose from sgd"),
+        (lambda c: c["stages"]["half"].update(epochs=0), "epochs must be a whole number of 1 or more"),
+        (lambda c: c["stages"]["half"].update(on="labeled"), "choose from labelled"),
+        (lambda c: c["arms"].update(new=("half", "fine")), "'fine' is unknown: choose from finetune"),
+        (lambda c: c["arms"].update(new=("finetune", "half")), "its pretext stages must come before"),
+        (lambda c: c.update(baseline="scrach"), "choose from scratch"),
+        (lambda c: c.update(evaluations=("fintune",)), "choose from finetune"),
+        (lambda c: c.update(seeds=("a",)), "seeds must be whole numbers"),
+        (lambda c: c["data"].update(name="mnist"), "choose from mnist5k"),
+        (lambda c: c.update(stages=3), "does not fit"),
+    ],
+)
+def test_a_wrong_config_is_named_in_one_line(change, message):
+    config = config_of("scalenet", "tiny")
+    change(config)
+    with pytest.raises(UserError) as error:
+        build.recipe(config)
+    assert message in str(error.value) and "\n" not in str(error.value)
