@@ -117,9 +117,7 @@ def stages(rotation_epochs, conv_epochs, supervised_epochs, draws):
             freeze=("block1", "block2"),
             fresh=("block3", "block4", "head"),
         ),
-        supervised=dict(
-            **task, schedule=ladder(supervised_epochs, (0.3, 0.6, 0.8)), epochs=supervised_epochs
-        ),
+        supervised=dict(**task, schedule=ladder(supervised_epochs, (0.3, 0.6, 0.8)), epochs=supervised_epochs),
     )
 
 

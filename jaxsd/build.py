@@ -62,7 +62,9 @@ def load_pretext(config: Config, splits: Splits) -> Source | None:
         return None
     source = _call(DATA, config["pretext_data"], "pretext_data").train
     if source.shape != splits.train.shape:
-        raise UserError(f"pretext_data: images of {source.shape}, but data has {splits.train.shape}: give both one size")
+        raise UserError(
+            f"pretext_data: images of {source.shape}, but data has {splits.train.shape}: give both one size"
+        )
     return source
 
 
@@ -240,4 +242,6 @@ def _check(function: Callable, arguments: Config, where: str, given: tuple[str, 
     for name, parameter in parameters.items():
         if parameter.default is parameter.empty and arguments.get(name) is None:
             key = where.split()[0]
-            raise UserError(f"{where} needs {name}: --config.{key}.{name}=..." if key == "data" else f"{where} needs {name}")
+            raise UserError(
+                f"{where} needs {name}: --config.{key}.{name}=..." if key == "data" else f"{where} needs {name}"
+            )

@@ -137,7 +137,9 @@ def _compare_journals(stage: Path, straight: Path, killed: Path) -> list[str]:
     first, second = ([_timeless(json.loads(line)) for line in lines] for lines in texts)
     if len(first) != len(second):
         return [f"{stage}: metrics.jsonl has {len(first)} and {len(second)} lines"]
-    return [f"{stage}: metrics.jsonl line {i + 1}" for i, (a, b) in enumerate(zip(first, second, strict=True)) if a != b]
+    return [
+        f"{stage}: metrics.jsonl line {i + 1}" for i, (a, b) in enumerate(zip(first, second, strict=True)) if a != b
+    ]
 
 
 def _timeless(entry: dict[str, Any]) -> dict[str, Any]:

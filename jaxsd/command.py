@@ -36,7 +36,9 @@ def stop_on_signals(signals: Iterable[int]) -> Stop:
     return stop
 
 
-def run(config: Config, workdir: Path, *, only: tuple[str, ...] = (), reuse: bool = False, stop: Stop) -> dict[str, Any]:
+def run(
+    config: Config, workdir: Path, *, only: tuple[str, ...] = (), reuse: bool = False, stop: Stop
+) -> dict[str, Any]:
     """Trains what is missing in the workdir, measures, writes summary.json and prints the table."""
     for name in only:
         if name not in config["arms"]:
@@ -112,7 +114,8 @@ def protocol(config: Config, splits: Splits) -> str:
         config["model"]["name"],
         *(f"labels {name}: {_amount(part)}" for name, part in config["labels"].items()),
         *(f"{name} images: {_amount(part)}" for name, part in config["subsets"].items()),
-        f"last epoch; seeds {seeds}" + ("; 95 % Student-t intervals, paired by seed" if len(config["seeds"]) > 1 else ""),
+        f"last epoch; seeds {seeds}"
+        + ("; 95 % Student-t intervals, paired by seed" if len(config["seeds"]) > 1 else ""),
         f"{jax.device_count()} x {jax.local_devices()[0].device_kind}",
     ]
     return "; ".join(parts)

@@ -13,7 +13,9 @@ from absl import flags
 from ml_collections import config_flags
 
 FLAGS = flags.FLAGS
-CONFIG = config_flags.DEFINE_config_file("config", None, "config file, with a preset after a colon: configs/scalenet.py:folder")
+CONFIG = config_flags.DEFINE_config_file(
+    "config", None, "config file, with a preset after a colon: configs/scalenet.py:folder"
+)
 flags.DEFINE_string("workdir", None, "where to write; default runs/NAME or runs/NAME-PRESET")
 flags.DEFINE_list("only", [], "arms to train, separated by commas; default all")
 flags.DEFINE_bool("reuse", False, "keep the stages of the workdir that match the config and train the others again")
@@ -63,7 +65,9 @@ def parse(argv: list[str]) -> dict[str, Any]:
     for flag in argv[1:]:
         name, _, value = flag.partition("=")
         if name.lstrip("-") == "config" and value and not Path(value.split(":")[0]).is_file():
-            raise UserError(f"--config: there is no file {value.split(':')[0]}: for example --config=configs/scalenet.py")
+            raise UserError(
+                f"--config: there is no file {value.split(':')[0]}: for example --config=configs/scalenet.py"
+            )
     try:
         rest = FLAGS(argv)
         config = CONFIG.value

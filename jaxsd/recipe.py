@@ -4,7 +4,7 @@ An arm is a path of stages; what two arms begin with in common is trained once.
 """
 
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 

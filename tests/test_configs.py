@@ -55,7 +55,15 @@ def test_a_preset_builds_as_written(name, preset):
 @pytest.mark.parametrize(("name", "preset"), EACH)
 def test_every_stage_of_a_preset_takes_a_step(name, preset, tmp_path):
     config = shrunk(config_of(name, preset))
-    side, channels = (64, 3) if preset == "imagenet_subset" else (28, 1) if preset is None else (8, 1) if preset == "tiny" else (32, 3)
+    side, channels = (
+        (64, 3)
+        if preset == "imagenet_subset"
+        else (28, 1)
+        if preset is None
+        else (8, 1)
+        if preset == "tiny"
+        else (32, 3)
+    )
     random = np.random.default_rng(0)
     labels = np.arange(20) % 10
     images = random.integers(0, 256, (20, side, side, channels), np.uint8)
@@ -65,7 +73,11 @@ def test_every_stage_of_a_preset_takes_a_step(name, preset, tmp_path):
     cells = [Cell(arm, list(recipe.inputs)[-1], list(recipe.labels)[0], 0) for arm in recipe.arms]
     taken = set()
     for run in experiment.all_runs(cells):
-        cell = next(c for c in cells if run in experiment.runs(c) or c.arm in recipe.probes and run in experiment.runs(c, probe=True))
+        cell = next(
+            c
+            for c in cells
+            if run in experiment.runs(c) or c.arm in recipe.probes and run in experiment.runs(c, probe=True)
+        )
         runs = experiment.runs(cell, probe=run.stage.name == "probe")
         path = runs[: [r.fingerprint() for r in runs].index(run.fingerprint()) + 1]
         trained = experiment.trained(cell, path)
@@ -88,7 +100,13 @@ def test_the_papers_numbers_stand_in_the_presets():
     assert np.allclose(rates[[0, 79, 80, 159, 160, 199, 200]], [1e-3, 1e-3, 2e-4, 2e-4, 4e-5, 4e-5, 8e-6])
     table = config_of("scalenet", "imagenet_subset")
     assert (table["stages"]["rotnet"]["batch_size"], table["stages"]["rotnet"]["epochs"]) == (192, 30)
-    assert list(config_of("scalenet", "cifar10_limited")["inputs"]) == ["original", "harris", "hybrid", "gray", "gray_harris"]
+    assert list(config_of("scalenet", "cifar10_limited")["inputs"]) == [
+        "original",
+        "harris",
+        "hybrid",
+        "gray",
+        "gray_harris",
+    ]
 
 
 @pytest.mark.parametrize(
