@@ -8,8 +8,8 @@
     folder    --config.data.path=FOLDER           the same on class folders, 20 labels per class
     cifar10   CIFAR-10 (TFDS)                     the paper's recipe with 20, 100, 400, 1,000 and 5,000 per class
 
-Arms: `supervised` (three blocks, all trained), `rotnet_conv` (the first two blocks frozen after the rotation task, a new
-third block and head on top). Numbers are those of the public code (FeatureLearningRotNet) unless marked "ours".
+Arms: `supervised` (three blocks, all trained), `rotnet_conv` (the first two blocks frozen after the rotation task, a
+new third block and head on top). Numbers are those of the public code (FeatureLearningRotNet) unless marked "ours".
 """
 
 import ml_collections
@@ -50,19 +50,8 @@ def cifar10(config):
     """
     config.data = dict(name="tfds", dataset="cifar10", data_dir=config_dict.placeholder(str))
     config.labels = ordered(**{f"per_class_{count}": few(count) for count in (20, 100, 400, 1000, 5000)})
-    config.stages = stages(rotation_epochs=200, conv_epochs=100, supervised_epochs=200, draws=50_000)
-
-
-def embedded(config):
-    """Sized for two cores (ours): narrow counts of images and epochs, the same network."""
-    config.data = dict(name="mnist5k", test=1000, validation=0.0)
-    config.subsets = ordered(unlabelled=dict(total=500))
-    config.labels = ordered(per_class_20=few(20))
-    config.stages = stages(rotation_epochs=2, conv_epochs=3, supervised_epochs=3, draws=200)
+    config.stages = stages(rotation_epochs=2, conv_epochs=3, supervised_epochs=3, draws=200, alpha=0.5)
     config.seeds = (0, 1)
-    config.stages.rotation.view = (dict(name="scale", alpha=0.5),)
-    for name in ("conv", "supervised"):
-        config.stages[name].view = (dict(name="scale", alpha=0.5),)
 
 
 def tiny(config):
@@ -94,13 +83,14 @@ def few(per_class):
     return dict(per_class=per_class, first=True)
 
 
-def stages(rotation_epochs, conv_epochs, supervised_epochs, draws):
+def stages(rotation_epochs, conv_epochs, supervised_epochs, draws, alpha=1.0):
     """Rotation, conv classifier on frozen blocks 1 and 2, and supervised training, their milestones scaled alike."""
 
     def ladder(epochs, shares):
         return dict(name="steps", rate=0.1, milestones=tuple(share * epochs for share in shares), factor=0.2)
 
-    shared = dict(optimiser=SGD, augment=CROP_FLIP, batch_size=128)
+    view = (dict(name="scale", alpha=alpha),)
+    shared = dict(optimiser=SGD, view=view, augment=CROP_FLIP, batch_size=128)
     task = dict(**shared, objective=dict(name="supervised"), on="labelled", model=dict(blocks=3), epoch_images=draws)
     return dict(
         rotation=dict(

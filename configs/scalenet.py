@@ -134,15 +134,16 @@ def cifar10(config):
     }
     cifar10_data(config)
     config.labels = ordered(all=amount())
-    config.stages = dict(finetune=paper_downstream())
-    config.arms = ordered(scratch=("finetune",))
+    stages: dict[str, dict] = dict(finetune=paper_downstream())
+    arms: dict[str, tuple[str, ...]] = dict(scratch=("finetune",))
     for arm, (alphas, rates) in rows.items():
         names = [f"a{alpha}_r{rate}" for alpha, rate in zip(alphas, rates, strict=True)]
         for name, alpha, rate in zip(names, alphas, rates, strict=True):
-            config.stages[name] = rotation(alpha / 100, rate / 100, 100, milestones=(30, 60, 80))
-        config.arms[arm] = (*names, "finetune")
-    config.stages.matched = {**config.stages.a100_r10.to_dict(), "match": ("a50_r10", "a100_r5")}
-    config.arms.rotnet_matched = ("matched", "finetune")
+            stages[name] = rotation(alpha / 100, rate / 100, 100, milestones=(30, 60, 80))
+        arms[arm] = (*names, "finetune")
+    stages["matched"] = {**stages["a100_r10"], "match": ("a50_r10", "a100_r5")}
+    config.stages = stages
+    config.arms = ordered(**arms, rotnet_matched=("matched", "finetune"))
     config.baseline = "rotnet"
     config.evaluations = ("pretext", "finetune")
     config.probe = None

@@ -86,7 +86,7 @@ def parse(argv: list[str]) -> dict[str, Any]:
     return plain(config)
 
 
-def plain(config: Any) -> dict[str, Any]:
+def plain(config: Any) -> Any:
     """A ConfigDict as dicts, tuples and scalars."""
     if hasattr(config, "to_dict"):
         config = config.to_dict()
