@@ -50,6 +50,14 @@ def cifar10(config):
     """
     config.data = dict(name="tfds", dataset="cifar10", data_dir=config_dict.placeholder(str))
     config.labels = ordered(**{f"per_class_{count}": few(count) for count in (20, 100, 400, 1000, 5000)})
+    config.stages = stages(rotation_epochs=200, conv_epochs=100, supervised_epochs=200, draws=50_000)
+
+
+def embedded(config):
+    """Sized for two cores (ours): few images and epochs, at half the side; the network is the paper's."""
+    config.data = dict(name="mnist5k", test=1000, validation=0.0)
+    config.subsets = ordered(unlabelled=dict(total=500))
+    config.labels = ordered(per_class_20=few(20))
     config.stages = stages(rotation_epochs=2, conv_epochs=3, supervised_epochs=3, draws=200, alpha=0.5)
     config.seeds = (0, 1)
 
