@@ -53,7 +53,7 @@ def make_train_step(
         metrics = {"loss": loss, **metrics}
         if axis_name is not None:
             grads, metrics, extra = _average(grads, metrics, extra, state.extra, jnp.sum(mask), axis_name)
-        metrics["grad_norm"] = optax.global_norm(grads)
+        metrics["grad_norm"] = jnp.sqrt(sum(jnp.sum(jnp.square(g)) for g in jax.tree.leaves(grads)))
         updates, opt_state = optimiser.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         return state.replace(step=state.step + 1, params=params, extra=extra, opt_state=opt_state), metrics

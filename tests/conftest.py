@@ -1,0 +1,28 @@
+"""Eight CPU devices, of which the training loop finds one unless a test asks for more; compiled programs are kept."""
+
+import getpass
+import os
+import tempfile
+from pathlib import Path
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+import jax
+import pytest
+
+from jaxsd import tuning
+
+jax.config.update("jax_num_cpu_devices", 8)
+CACHE = Path(tempfile.gettempdir(), f"jaxsd-tests-{getpass.getuser()}")
+tuning.cache_compilation(CACHE)
+
+
+@pytest.fixture(autouse=True)
+def devices(monkeypatch):
+    """Sets how many devices the training loop finds: 1 at first."""
+
+    def use(count):
+        monkeypatch.setattr(jax, "local_devices", lambda: jax.devices()[:count])
+
+    use(1)
+    return use
