@@ -97,7 +97,7 @@ def _fold_rows(z: Array, geometry: Geometry, axis: int) -> Array:
 
 
 def _patches(g: Geometry, batch: int) -> Rule:
-    """Any convolution: all kh * kw pixels under the kernel side by side, then one product (a plain product for 1 x 1)."""
+    """Any convolution: all kh * kw pixels under the kernel side by side, then one product (for 1 x 1, of x itself)."""
     (h, w), (kh, kw), (sh, sw), (ph, pw) = g.out, g.kernel, g.stride, g.padding
 
     def spread(x):
@@ -105,14 +105,12 @@ def _patches(g: Geometry, batch: int) -> Rule:
         x = _windows(x, COLUMNS, kw, pw, w, sw)  # [b, h, w, kh, kw, C]
         return x.reshape(1, -1, kh * kw * g.channels)
 
-    return Rule(
-        spread, lambda k: k.reshape(1, -1, g.features), lambda z: z.reshape(batch, h, w, g.features)
-    )
+    return Rule(spread, lambda k: k.reshape(1, -1, g.features), lambda z: z.reshape(batch, h, w, g.features))
 
 
 def _columns(g: Geometry, batch: int) -> Rule:
     """Stride 1: only the kernel's columns side by side, its rows added up after the product: kw + kh, not kw * kh."""
-    (h, w), (kh, kw), (_, pw) = g.out, g.kernel, g.padding
+    (_, w), (kh, kw), (_, pw) = g.out, g.kernel, g.padding
     return Rule(
         lambda x: _windows(x, COLUMNS, kw, pw, w, 1).reshape(1, -1, kw * g.channels),
         lambda k: k.transpose(1, 2, 0, 3).reshape(1, kw * g.channels, kh * g.features),
@@ -130,9 +128,10 @@ _INPUT = (
     (0, 2, -1, -2, 1, 0),
     (0, 4, 0, -5, 0, 1),
 )
-_KERNEL = np.array(
-    ((6, 0, 0), (-4, -4, -4), (-4, 4, -4), (1, 2, 4), (1, -2, 4), (0, 0, 24)), np.float32
-) / np.array((24, 24, 24, 24, 24, 24), np.float32)[:, None]
+_KERNEL = (
+    np.array(((6, 0, 0), (-4, -4, -4), (-4, 4, -4), (1, 2, 4), (1, -2, 4), (0, 0, 24)), np.float32)
+    / np.array((24, 24, 24, 24, 24, 24), np.float32)[:, None]
+)
 _OUTPUT = ((1, 1, 1, 1, 1, 0), (0, 1, -1, 2, -2, 0), (0, 1, 1, 4, 4, 0), (0, 1, -1, 8, -8, 1))
 
 

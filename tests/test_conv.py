@@ -1,0 +1,160 @@
+"""Convolution, batch norm and pooling against XLA's own operations, plain formulas and values worked out by hand."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from jaxsd.models import conv as rules
+from jaxsd.models.conv import conv, library_conv
+from jaxsd.models.norm import BatchNorm, normalise
+from jaxsd.models.pool import (
+    adaptive_average_pool,
+    adaptive_max_pool,
+    average_pool,
+    global_average_pool,
+    max_pool,
+)
+
+# batch, height, width, channels, features, kernel, stride, padding
+SHAPES = [
+    (4, 8, 8, 5, 6, 3, 1, 1),
+    (6, 7, 9, 5, 6, 3, 1, 1),
+    (3, 6, 10, 5, 6, 3, 1, 0),
+    (3, 6, 6, 5, 6, 3, 1, 3),
+    (4, 1, 2, 5, 6, 3, 1, 1),
+    (4, 9, 8, 8, 6, 3, 2, 1),
+    (4, 8, 8, 3, 6, 3, 1, 1),
+    (4, 9, 9, 3, 6, 3, 2, 1),
+    (4, 9, 12, 6, 5, 5, 1, 2),
+    (4, 12, 11, 6, 5, 7, 2, 3),
+    (2, 23, 23, 3, 6, 11, 4, 2),
+    (2, 12, 12, 2, 6, 11, 1, 5),
+    (4, 8, 8, 6, 5, 1, 1, 0),
+    (4, 7, 8, 6, 5, 1, 2, 0),
+    (5, 8, 8, 6, 4, 4, 4, 0),
+    (2, 9, 9, 5, 4, (3, 1), (1, 2), (1, 0)),
+]
+
+
+def draw(*shapes, seed=0):
+    generator = np.random.default_rng(seed)
+    return [jnp.asarray(generator.standard_normal(shape), jnp.float32) for shape in shapes]
+
+
+def distance(a, b):
+    """Largest difference, in units of the largest expected value."""
+    assert a.shape == b.shape and a.dtype == b.dtype
+    a, b = (np.asarray(v, np.float64) for v in (a, b))
+    return np.abs(a - b).max() / np.abs(b).max()
+
+
+def value_and_gradients(function, x, k, dy):
+    y, pull = jax.vjp(function, x, k)
+    return y, *pull(dy)
+
+
+def both(shape, dtype=jnp.float32):
+    b, h, w, c, o, kernel, stride, padding = shape
+    kh, kw = rules.pair(kernel)
+    x, k = (v.astype(dtype) for v in draw((b, h, w, c), (kh, kw, c, o)))
+    sides = []
+    for function in (conv, library_conv):
+        apply = functools.partial(function, stride=stride, padding=padding)
+        (dy,) = draw(jax.eval_shape(apply, x, k).shape, seed=1)
+        sides.append(jax.jit(functools.partial(value_and_gradients, apply))(x, k, dy.astype(dtype)))
+    return sides
+
+
+@pytest.mark.parametrize("chunk_bytes", [1 << 20, 1 << 11])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_value_and_gradients_are_those_of_the_library(shape, chunk_bytes, monkeypatch):
+    monkeypatch.setattr(rules, "CHUNK_BYTES", chunk_bytes)
+    for ours, theirs in zip(*both(shape), strict=True):
+        assert distance(ours, theirs) < 3e-6  # float32 with Winograd's transforms
+
+
+@pytest.mark.parametrize("shape", [SHAPES[0], SHAPES[5], SHAPES[8]], ids=str)
+def test_bfloat16_is_rounded_once(shape):
+    for ours, theirs in zip(*both(shape, jnp.bfloat16), strict=True):
+        assert distance(ours, theirs) < 2**-7
+
+
+def test_kernels_under_vmap_scan_and_checkpoint(monkeypatch):
+    monkeypatch.setattr(rules, "CHUNK_BYTES", 1 << 11)
+    x, kernels = draw((4, 8, 8, 5), (3, 3, 3, 5, 6))  # three seeds
+
+    def loss(k, x, function=conv):
+        return jnp.sin(function(x, k, padding=1)).sum()
+
+    expected = jnp.stack([jax.grad(loss)(k, x, library_conv) for k in kernels])
+    assert distance(jax.vmap(jax.grad(loss), (0, None))(kernels, x), expected) < 3e-6
+    scanned = jax.jit(lambda ks: jax.lax.scan(lambda s, k: (s, jax.grad(jax.checkpoint(loss))(k, x)), 0, ks)[1])
+    assert distance(scanned(kernels), expected) < 3e-6
+
+
+def plain_norm(x, scale, bias, epsilon=1e-5):
+    x = x.astype(jnp.float32)
+    mean = x.mean((0, 1, 2))
+    var = jnp.square(x - mean).mean((0, 1, 2))
+    return (x - mean) / jnp.sqrt(var + epsilon) * scale + bias
+
+
+def test_normalise_and_its_gradient_are_the_plain_formula():
+    x, scale, bias, dy = draw((4, 5, 3, 7), (7,), (7,), (4, 5, 3, 7))
+    x = 3 * x + 10
+    y, pull = jax.vjp(lambda *a: normalise(*a, 1e-5)[0], x, scale, bias)
+    expected, plain_pull = jax.vjp(plain_norm, x, scale, bias)
+    assert distance(y, expected) < 1e-5
+    for ours, theirs in zip(pull(dy), plain_pull(dy), strict=True):
+        assert distance(ours, theirs) < 2e-5
+    assert normalise(x.astype(jnp.bfloat16), scale, bias, 1e-5)[0].dtype == jnp.bfloat16
+
+
+def test_running_statistics_by_hand():
+    x = jnp.array([1.0, 2.0, 3.0, 6.0]).reshape(4, 1, 1, 1)  # mean 3, biased variance 3.5, unbiased 14/3
+    norm = BatchNorm()
+    variables = norm.init(jax.random.key(0), x, True)
+    assert variables["batch_stats"]["mean"] == 0 and variables["batch_stats"]["var"] == 1
+    y, changed = norm.apply(variables, x, True, mutable=["batch_stats"])
+    np.testing.assert_allclose(y.ravel(), (np.array([1, 2, 3, 6]) - 3) / np.sqrt(3.5 + 1e-5), rtol=1e-5)
+    np.testing.assert_allclose(changed["batch_stats"]["mean"], [0.3], rtol=1e-6)
+    np.testing.assert_allclose(changed["batch_stats"]["var"], [0.9 + 0.1 * 14 / 3], rtol=1e-6)
+    y = norm.apply({**variables, **changed}, x, False)
+    np.testing.assert_allclose(y.ravel(), (np.array([1, 2, 3, 6]) - 0.3) / np.sqrt(0.9 + 1.4 / 3 + 1e-5), rtol=1e-5)
+    assert "params" not in BatchNorm(affine=False).init(jax.random.key(0), x, True)
+
+
+def test_pools_by_hand():
+    ones = jnp.ones((1, 4, 4, 1))
+    ninths = average_pool(ones, 3, 2, 1)[0, :, :, 0] * 9
+    np.testing.assert_allclose(ninths, [[4, 6], [6, 9]], rtol=1e-6)
+    np.testing.assert_array_equal(max_pool(-ones, 3, 2, 1), -np.ones((1, 2, 2, 1)))  # padding never wins
+    count = jnp.arange(35.0).reshape(1, 5, 7, 1)
+    # bins of 7 in 3: 0..3, 2..5, 4..7; of 5 in 2: 0..3, 2..5
+    np.testing.assert_array_equal(adaptive_max_pool(count, (2, 3))[0, :, :, 0], [[16, 18, 20], [30, 32, 34]])
+    np.testing.assert_allclose(adaptive_average_pool(count, (2, 3))[0, :, :, 0], [[8, 10, 12], [22, 24, 26]])
+    np.testing.assert_array_equal(adaptive_average_pool(count, (5, 7)), count)
+    np.testing.assert_allclose(global_average_pool(count), [[17.0]])
+
+
+def test_eight_devices_give_the_numbers_of_one(monkeypatch):
+    monkeypatch.setattr(rules, "CHUNK_BYTES", 1 << 13)
+    x, w, places = draw((32, 8, 8, 16), (3, 3, 16, 16), (32, 8, 8, 16))
+    assert rules._chunks(x, w) > 1
+
+    def loss(x, w):
+        return (places * normalise(conv(x, w, padding=1), jnp.ones(16), jnp.zeros(16), 1e-5)[0]).sum()
+
+    mesh = Mesh(np.array(jax.devices("cpu")), ("data",))
+    assert mesh.size == 8
+    step = jax.jit(jax.value_and_grad(loss, (0, 1)))
+    one = step(x, w)
+    many = step(jax.device_put(x, NamedSharding(mesh, P("data"))), jax.device_put(w, NamedSharding(mesh, P())))
+    assert len(many[1][0].sharding.device_set) == 8
+    for ours, theirs in zip(jax.tree.leaves(many), jax.tree.leaves(one), strict=True):
+        assert distance(ours, theirs) < 2e-5
