@@ -154,8 +154,6 @@ def start(
     params, collections = target.pop("params"), target
     mean, std = standard
     collections[STANDARDISE] = {"mean": jax.numpy.asarray(mean), "std": jax.numpy.asarray(std)}
-    # The loop gives its buffers away: never those of the parent, which other stages start from too.
-    params, collections = jax.tree.map(jax.numpy.copy, (params, collections))
     return create(run_key, params, {**extra, "model": collections}, stage.optimiser, freeze=stage.freeze), lines
 
 

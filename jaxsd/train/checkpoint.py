@@ -162,7 +162,9 @@ def _read(manager: ocp.CheckpointManager, directory: Path, step: int, like: dict
         sums, wanted = _checksums(saved[name]), saved["record"][name]
         wrong = [path for path in {*sums, *wanted} if sums.get(path) != wanted.get(path)]
         if wrong:
-            raise RunError(f"{damaged}: {len(wrong)} tensors have another checksum, such as {min(wrong)}")
+            raise RunError(
+                f"{damaged}: {len(wrong)} of {len(wanted)} tensors have another checksum, first {min(wrong)}"
+            )
     return saved
 
 

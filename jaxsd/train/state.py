@@ -53,7 +53,8 @@ def merge(params: Tree, frozen: Tree) -> Tree:
 def create(
     key: jax.Array, params: Tree, extra: Tree, optimiser: optax.GradientTransformation, *, freeze: Sequence[str] = ()
 ) -> State:
-    """A state at step 0 around given parameters and extra."""
+    """A state at step 0 around copies of given parameters and extra: a donating step never takes the caller's."""
+    key, params, extra = jax.tree.map(jnp.copy, (key, params, extra))
     trained, frozen = partition(params, freeze)
     return State(jnp.zeros((), jnp.int32), trained, frozen, extra, optimiser.init(trained), key)
 
