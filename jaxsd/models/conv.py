@@ -35,7 +35,8 @@ def conv(x: Array, w: Array, *, stride: IntOrPair = 1, padding: IntOrPair = 0) -
         return library_conv(x, w, stride=stride, padding=padding)
     # CPUs multiply in float32 whatever is asked for, and the transforms of `_winograd` need its digits.
     wide = jnp.promote_types(x.dtype, jnp.float32)
-    return _conv(x.astype(wide), w.astype(wide), pair(stride), pair(padding)).astype(x.dtype)
+    x_wide, w_wide = x.astype(wide), w.astype(wide)
+    return _conv(x_wide, w_wide, pair(stride), pair(padding), _chunks(x_wide, w_wide)).astype(x.dtype)
 
 
 def library_conv(x: Array, w: Array, *, stride: IntOrPair = 1, padding: IntOrPair = 0) -> Array:
@@ -218,12 +219,12 @@ def _adjoint(function: Callable, like: jax.ShapeDtypeStruct) -> Callable[[Array]
     return lambda y: transposed(y)[0]
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
-def _conv(x: Array, w: Array, stride: tuple[int, int], padding: tuple[int, int]) -> Array:
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
+@functools.partial(jax.jit, static_argnums=(2, 3, 4))  # layers of one shape are traced once
+def _conv(x: Array, w: Array, stride: tuple[int, int], padding: tuple[int, int], n: int) -> Array:
     geometry = _geometry(x, w, stride, padding)
     if geometry.kernel[0] * geometry.kernel[1] * geometry.channels <= 32:
         return _fused(x, w, geometry)
-    n = _chunks(x, w)
     rule = _pick(geometry, x.shape[0] // n)
     kernel = rule.arrange(w)
 
@@ -247,13 +248,13 @@ def _fused(x: Array, w: Array, g: Geometry) -> Array:
     return lax.optimization_barrier(functools.reduce(jnp.add, terms))
 
 
-def _forward(x: Array, w: Array, stride: tuple[int, int], padding: tuple[int, int]):
-    return _conv(x, w, stride, padding), (x, w)
+def _forward(x: Array, w: Array, stride: tuple[int, int], padding: tuple[int, int], n: int):
+    return _conv(x, w, stride, padding, n), (x, w)
 
 
-def _backward(stride: tuple[int, int], padding: tuple[int, int], saved: tuple[Array, Array], dy: Array):
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def _backward(stride: tuple[int, int], padding: tuple[int, int], n: int, saved: tuple[Array, Array], dy: Array):
     x, w = saved
-    n = _chunks(x, w)
     rule = _pick(_geometry(x, w, stride, padding), x.shape[0] // n)
     kernel = rule.arrange(w)
 
