@@ -53,13 +53,14 @@ def run(
     pretext = build.load_pretext(config, splits)
     experiment = Experiment(recipe, splits, workdir, pretext=pretext, stop=stop, save_seconds=config["save_seconds"])
     cells = list(experiment.cells(only))
-    experiment.check(cells, reuse=reuse)
+    missing = experiment.check(cells, reuse=reuse)
     write_json(workdir / "config.json", config)
     rows = [row for cell in cells for row in measure(experiment, cell)]
     summary = {**heading(config, splits), "rows": report.aggregate(rows, baseline=recipe.baseline)}
     report.write(workdir, summary)
-    if config["attention"] and recipe.evaluations and splits.test is not None:
-        draw_attention(experiment, cells, workdir / "attention.png")
+    picture = workdir / "attention.png"
+    if config["attention"] and splits.test is not None and (missing or not picture.exists()):
+        draw_attention(experiment, cells, picture)
     print(report.table(summary))
     return summary
 

@@ -199,8 +199,11 @@ class Experiment:
                 found.setdefault(run.fingerprint(), run)
         return list(found.values())
 
-    def check(self, cells: list[Cell], *, reuse: bool = False) -> None:
-        """Raises UserError where the workdir holds stages that were made otherwise, naming what differs."""
+    def check(self, cells: list[Cell], *, reuse: bool = False) -> int:
+        """How many stages are still to be trained.
+
+        Raises UserError where the workdir holds stages that were made otherwise, naming what differs.
+        """
         runs = self.all_runs(cells)
         lines = [line for run in runs for line in check_folder(run, self.workdir, reuse=reuse)]
         if lines:
@@ -209,5 +212,6 @@ class Experiment:
                 f"{self.workdir} holds stages that were made otherwise: {shown}; take another --workdir, or --reuse to "
                 "keep the stages that match and train the others again"
             )
-        ready = sum(done(run, self.workdir) is not None for run in runs)
-        log.info("%s: %d stages to train, %d of them done", self.recipe.name, len(runs), ready)
+        missing = sum(done(run, self.workdir) is None for run in runs)
+        log.info("%s: %d stages, %d to train", self.recipe.name, len(runs), missing)
+        return missing

@@ -1,0 +1,82 @@
+"""The command line: what it accepts, what it refuses, what it leaves behind."""
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from jaxsd import report
+
+ROOT = Path(__file__).parents[1]
+TINY = "--config=configs/scalenet.py:tiny"
+
+
+def run(*flags, module="jaxsd.main"):
+    return subprocess.run([sys.executable, "-m", module, *flags], cwd=ROOT, capture_output=True, text=True)
+
+
+@pytest.mark.parametrize("module", ["jaxsd.main", "jaxsd.check", "jaxsd.bench"])
+def test_help_is_fast(module):
+    start = time.monotonic()
+    done = run("--help", module=module)
+    assert done.returncode == 0 and len(done.stdout) > 100
+    assert time.monotonic() - start < 2
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ([], "--config is missing"),
+        (["--config=configs/nothing.py"], "there is no file configs/nothing.py"),
+        (["--config=configs/scalenet.py:nothing"], "has no preset 'nothing': choose from tiny"),
+        ([TINY, "--config.sed=3"], 'Did you mean "seeds"'),
+        ([TINY, "--config.stages.half.epochs=abc"], "invalid literal"),
+        ([TINY, "--wrkdir=x"], "Did you mean: workdir"),
+        ([TINY, "word"], "'word' is no flag"),
+        ([TINY, "--only=scalnet"], "'scalnet' is no arm: choose from scratch"),
+        (["--config=configs/scalenet.py:folder"], "needs path: --config.data.path=..."),
+        (["--config=configs/scalenet.py:folder", "--config.data.path=/nowhere"], "/nowhere does not exist"),
+    ],
+)
+def test_wrong_use_is_one_line_and_status_2(flags, message, tmp_path):
+    done = run(*flags, f"--workdir={tmp_path}")
+    assert done.returncode == 2
+    assert message in done.stderr.splitlines()[-1] and done.stderr.splitlines()[-1].startswith("error: ")
+    assert "Traceback" not in done.stderr
+
+
+def test_a_whole_run_and_what_follows(tmp_path):
+    flags = [TINY, "--only=scratch,scalenet", "--config.seeds=(0,)", f"--workdir={tmp_path}"]
+    done = run(*flags)
+    assert done.returncode == 0, done.stderr
+    assert "scalenet" in done.stdout and "10 per class" in done.stdout
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert (summary["config"], summary["preset"], summary["baseline"]) == ("scalenet", "tiny", "scratch")
+    assert summary["data"]["train"] == 1437 and summary["data"]["duplicates_train_test"] == 0
+    rows = {(row["arm"], row["evaluation"], row["block"], row["metric"]): row for row in report.read(tmp_path)}
+    assert ("scalenet", "pretext", None, "accuracy") in rows and ("scalenet", "probe", "block1", "accuracy") in rows
+    row = rows["scalenet", "finetune", None, "accuracy"]
+    # 128 images, two epochs each at 4 and 8 pixels, four turns; then 200 draws in each of four epochs
+    assert row["pixels"] == 2 * 128 * 4 * (16 + 64) + 4 * 200 * 64 and row["images"] == 4 * 128 + 4 * 200
+    assert 0 <= row["values"][0] <= 1 and row["ci95"] is None and row["difference"]["to"] == "scratch"
+    folder = tmp_path / "stages" / "half" / "full" / "finetune" / "seed0"
+    transfer = json.loads((folder / "transfer.json").read_text())
+    fresh = {line["tensor"] for line in transfer if line["action"] == "fresh"}
+    assert fresh == {"params/head/kernel", "params/head/bias"}
+    assert (tmp_path / "attention.png").stat().st_size > 10_000
+    stages = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("done.json")}
+
+    again = run(*flags)  # nothing is trained, the table is the same
+    assert again.returncode == 0 and again.stdout == done.stdout
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("done.json")} == stages
+
+    other = run(*flags, "--config.stages.finetune.schedule.rate=0.02")
+    assert other.returncode == 2 and "rate: 0.05 -> 0.02" in other.stderr and "--reuse" in other.stderr
+
+    reused = run(*flags, "--config.stages.finetune.schedule.rate=0.02", "--reuse")
+    assert reused.returncode == 0, reused.stderr
+    changed = {path for path in tmp_path.rglob("done.json") if path.stat().st_mtime_ns != stages[path]}
+    assert {path.parent.parent.name for path in changed} == {"finetune"}
