@@ -1,0 +1,185 @@
+"""Runs that are killed and started again end bit for bit as one that is not.
+
+As a program (`python tests/test_resume.py FOLDER APART`) this trains a small experiment in FOLDER, about 900 changes of
+files, killing itself before a random change of the next APART and starting again, until it is done; APART 0: no kills.
+"""
+
+import itertools
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from jaxsd.check import compare
+
+ROOT = Path(__file__).parents[1]
+WRITES = ("os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.link", "os.truncate")
+
+
+def train_all(folder):
+    """Two pretext stages, a task with a frozen part and validation, each state saved; the summary at the end."""
+    from small import Small
+
+    from jaxsd import objectives, report
+    from jaxsd.data.embedded import digits
+    from jaxsd.measure import measure
+    from jaxsd.recipe import Experiment, Recipe
+    from jaxsd.stage import Stage
+    from jaxsd.train import optimiser, schedule
+    from jaxsd.views.augment import flip_horizontal
+    from jaxsd.workdir import write_json
+
+    def stage_of(name, model, objective, **options):
+        tx, rates = optimiser.with_rate(optimiser.adam()), schedule.cosine(0.01)
+        augment = flip_horizontal()
+        return Stage(name, model, objective, tx, rates, 2, 32, augment=augment, spec={"is": name}, **options)
+
+    pretext, model = Small(outputs=4), Small(outputs=10, frozen=("block1",))
+    rotation, task = objectives.rotation(pretext), objectives.supervised(model)
+    stages = (
+        stage_of("one", pretext, rotation),
+        stage_of("two", pretext, rotation),
+        stage_of("task", model, task, on="labelled", fresh=("head",), freeze=("block1",)),
+    )
+    recipe = Recipe(
+        name="killed",
+        arms={"pretrained": stages},
+        evaluations=("pretext", "finetune"),
+        baseline="pretrained",
+        seeds=(0,),
+        subsets={"unlabelled": {"total": 40}},
+        labels={"few": {"per_class": 5}},
+    )
+    experiment = Experiment(recipe, digits(validation=0.1), folder, save_seconds=0)
+    cells = list(experiment.cells())
+    experiment.check(cells)
+    rows = [row for cell in cells for row in measure(experiment, cell)]
+    write_json(folder / "summary.json", {"rows": report.aggregate(rows, baseline="pretrained")})
+
+
+def kill_at(moment, folder):
+    """Ends this process, as by SIGKILL, before its `moment`-th change of a file below the folder."""
+    count = itertools.count(1)
+
+    def watch(event, arguments):
+        opened = event == "open" and isinstance(arguments[2], int) and arguments[2] & (os.O_WRONLY | os.O_RDWR)
+        if (opened or event in WRITES) and str(arguments[0]).startswith(str(folder)) and next(count) == moment:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    sys.addaudithook(watch)
+
+
+def main(folder, apart):
+    """Prints how often it was killed."""
+    moments, kills = random.Random(apart), 0
+    while True:
+        moment = moments.randint(1, max(apart, 1))
+        child = os.fork()  # no backend of jax is up yet in this process
+        if child == 0:
+            if apart:
+                kill_at(moment, folder)
+            train_all(folder)
+            os._exit(0)
+        status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        if status != -signal.SIGKILL:
+            print(kills)
+            return status
+        kills += 1
+
+
+def killed_along(folder, apart):
+    """Runs this file as a program; returns how often it was killed."""
+    command = [sys.executable, __file__, str(folder), str(apart)]
+    path = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, env=path, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr
+    return int(done.stdout)
+
+
+@pytest.fixture(scope="module")
+def straight(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("resume") / "straight"
+    assert killed_along(folder, 0) == 0
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("apart", "least"),
+    [(300, 3), pytest.param(60, 20, marks=pytest.mark.slow), pytest.param(50, 20, marks=pytest.mark.slow)],
+)
+def test_killed_before_any_write(straight, tmp_path, apart, least):
+    """Between done.json and evaluations, in Orbax's renames, in the journal: wherever a file is about to change."""
+    assert killed_along(tmp_path / "killed", apart) >= least
+    assert compare(straight, tmp_path / "killed") == []
+
+
+# the command line
+
+
+def started(arm, workdir):
+    from conftest import CACHE
+
+    flags = [f"--only={arm}", "--config.seeds=(0,)", "--config.save_seconds=0", "--config.attention=False"]
+    flags += ["--config.evaluations=('finetune',)", "--config.stages.finetune.epochs=8"]
+    config = f"--config={ROOT / 'configs/scalenet.py'}:tiny"
+    return subprocess.Popen(
+        [sys.executable, "-m", "jaxsd.main", config, f"--workdir={workdir}", *flags],
+        cwd=ROOT,
+        env={**os.environ, "XDG_CACHE_HOME": str(CACHE)},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def wait_for(workdir, epochs, process):
+    """Until so many epochs are in the journals."""
+    written = 0
+    while written < epochs and process.poll() is None:
+        time.sleep(0.005)
+        folders = os.walk(workdir / "stages")  # unlike glob it bears folders that vanish meanwhile
+        journals = [Path(folder, name) for folder, _, names in folders for name in names if name == "metrics.jsonl"]
+        written = sum(path.read_text().count("\n") for path in journals)
+
+
+@pytest.mark.parametrize(
+    ("arm", "total", "kills"), [("scratch", 8, 1), pytest.param("scalenet", 12, 25, marks=pytest.mark.slow)]
+)
+def test_the_command_killed_stopped_and_finished(tmp_path, arm, total, kills):
+    """SIGKILL a while after so many epochs; SIGTERM: saved, one line, status 143; then to the end."""
+    process = started(arm, tmp_path / "straight")
+    _, errors = process.communicate()
+    assert process.returncode == 0, errors
+    random_ = random.Random(0)
+    for kill in range(kills):
+        process = started(arm, tmp_path / "killed")
+        wait_for(tmp_path / "killed", 1 + kill * total // 2 // kills, process)
+        time.sleep(random_.uniform(0, 0.2))
+        process.kill()
+        process.communicate()
+    process = started(arm, tmp_path / "killed")
+    wait_for(tmp_path / "killed", total - 2, process)
+    process.terminate()
+    _, errors = process.communicate()
+    assert process.returncode == 143, errors
+    last = errors.strip().splitlines()[-1]
+    assert last.startswith("jaxsd: stopped at ") and last.endswith("saved; the same command goes on from there")
+    assert "Traceback" not in errors
+    process = started(arm, tmp_path / "killed")
+    _, errors = process.communicate()
+    assert process.returncode == 0, errors
+    assert "continues at step" in errors
+    assert compare(tmp_path / "straight", tmp_path / "killed") == []
+
+
+if __name__ == "__main__":
+    import conftest  # noqa: F401  compiled programs are kept where the tests keep theirs
+    import jax
+
+    jax.config.update("jax_num_cpu_devices", 1)
+    sys.exit(main(Path(sys.argv[1]), int(sys.argv[2])))
