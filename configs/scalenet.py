@@ -65,11 +65,12 @@ def base():
 def embedded(config):
     """What the bare command runs: sized for two cores, so lengths and rates are ours; alphas are the paper's choice."""
     config.data = dict(name="mnist5k", test=1000, validation=0.0)
-    config.subsets = ordered(unlabelled=amount(total=1000))
+    config.subsets = ordered(unlabelled=amount(total=400))
     config.labels = ordered(few=amount(per_class=10))
     config.model = dict(name="resnet8")
-    config.stages = four_arms(half=(0.1, 8), full=(0.05, 4), downstream=downstream(0.05, 20, epoch_images=400))
-    config.probe = probe(epoch_images=400)
+    config.stages = small_batches(four_arms(half=(0.1, 8), full=(0.05, 2), downstream=downstream(0.05, 10)))
+    config.probe = {**probe(), "batch_size": 32}
+    config.attention = False
 
 
 def tiny(config):
@@ -77,8 +78,8 @@ def tiny(config):
     embedded(config)
     config.data = dict(name="digits", test=360, validation=0.0)
     config.subsets = ordered(unlabelled=amount(total=128))
-    config.stages = four_arms(half=(0.1, 2), full=(0.05, 2), downstream=downstream(0.05, 4, epoch_images=200))
-    config.probe = {**probe(epoch_images=200), "epochs": 4}
+    config.stages = small_batches(four_arms(half=(0.1, 2), full=(0.05, 1), downstream=downstream(0.05, 4)))
+    config.probe = {**probe(), "batch_size": 32, "epochs": 4}
     config.seeds = (0, 1)
 
 
@@ -96,7 +97,7 @@ def folder(config):
     config.inputs = ordered(original=(), harris=(dict(name="harris"),))
     config.labels = ordered(few=amount(per_class=10))
     config.model = dict(name="resnet8")
-    config.stages = four_arms(half=(0.1, 20), full=(0.05, 20), downstream=downstream(0.05, 40, epoch_images=1000))
+    config.stages = four_arms(half=(0.1, 20), full=(0.05, 10), downstream=downstream(0.05, 40, epoch_images=1000))
     config.probe = probe(epoch_images=1000)
 
 
@@ -301,3 +302,8 @@ def four_arms(half, full, downstream):
 def ordered(**parts):
     """A ConfigDict that keeps this order, which is the table's."""
     return ml_collections.ConfigDict(parts, sort_keys=False)
+
+
+def small_batches(stages):
+    """The stages with batches of 32: few images need more steps than 128 would give (ours)."""
+    return {name: {**stage, "batch_size": 32} for name, stage in stages.items()}

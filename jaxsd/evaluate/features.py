@@ -18,10 +18,12 @@ WIDTH = 2048  # most features per block: a map is averaged to the largest square
 
 
 @functools.lru_cache(maxsize=64)
-def _compiled(model: nn.Module, with_features: bool) -> Callable[..., Any]:
+def _compiled(model: nn.Module) -> Callable[..., Any]:
+    """Outputs and features at once: compiling a second program would take longer than pooling what is not asked for."""
+
     def apply(params: Tree, collections: Tree, images: jax.Array):
         result = forward(model, params, collections, images, train=False)
-        return (result.outputs, {k: _flat(v) for k, v in result.features.items()} if with_features else {})
+        return result.outputs, {k: _flat(v) for k, v in result.features.items()}
 
     return jax.jit(apply)
 
@@ -35,20 +37,19 @@ def _flat(feature: jax.Array) -> jax.Array:
     return adaptive_average_pool(feature, size).reshape(batch, -1)
 
 
-def _over(model: nn.Module, params: Tree, collections: Tree, images: np.ndarray, batch_size: int, features: bool):
-    function = _compiled(model, features)
+def _over(model: nn.Module, params: Tree, collections: Tree, images: np.ndarray, batch_size: int, part: int) -> Any:
+    function = _compiled(model)
     index, masks = ordered_batches(len(images), batch_size)
-    parts = [function(params, collections, images[rows]) for rows in index]
-    parts = [
-        jax.tree.map(lambda x, mask=mask: np.asarray(x)[mask > 0], part)
-        for part, mask in zip(parts, masks, strict=True)
+    parts = [function(params, collections, images[rows])[part] for rows in index]
+    kept = [
+        jax.tree.map(lambda x, mask=mask: np.asarray(x)[mask > 0], one) for one, mask in zip(parts, masks, strict=True)
     ]
-    return jax.tree.map(lambda *xs: np.concatenate(xs), *parts)
+    return jax.tree.map(lambda *xs: np.concatenate(xs), *kept)
 
 
 def predict(model: nn.Module, params: Tree, collections: Tree, images: np.ndarray, *, batch_size: int = 256) -> Any:
     """The module's outputs for uint8 images [N, H, W, C], as numpy; a dict of them where it returns a dict."""
-    return _over(model, params, collections, images, batch_size, False)[0]
+    return _over(model, params, collections, images, batch_size, 0)
 
 
 def block_features(
@@ -58,4 +59,4 @@ def block_features(
 
     Maps are averaged over the largest square grid that leaves at most 2,048 numbers per image.
     """
-    return _over(model, params, collections, images, batch_size, True)[1]
+    return _over(model, params, collections, images, batch_size, 1)
