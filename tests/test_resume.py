@@ -124,7 +124,7 @@ def test_killed_before_any_write(straight, tmp_path, apart, least):
 def started(arm, workdir):
     from conftest import CACHE
 
-    flags = [f"--only={arm}", "--config.seeds=(0,)", "--config.save_seconds=0", "--config.attention=False"]
+    flags = [f"--only={arm}", "--config.seeds=(0,)", "--config.save_seconds=0.3", "--config.attention=False"]
     flags += ["--config.evaluations=('finetune',)", "--config.stages.finetune.epochs=8"]
     config = f"--config={ROOT / 'configs/scalenet.py'}:tiny"
     return subprocess.Popen(

@@ -462,6 +462,19 @@ def test_a_signal_before_the_first_step_costs_nothing(tmp_path):
     assert loop.compiled(objective, SGD, None, None)[1]._cache_size() == 0
 
 
+@pytest.mark.parametrize("count", [1, 4])
+def test_a_resumed_run_is_the_same_program(tmp_path, devices, count, caplog):
+    """Compiled programs are kept on disk: a run that goes on finds its own there."""
+    devices(count)
+    plan, objective = plan_of(10, epochs=2), objectives.rotation(Small(outputs=4, frozen=("block1",)))
+    with jax.log_compiles(), caplog.at_level(logging.WARNING, "jax"):
+        with pytest.raises(Stopped):
+            run_in(tmp_path, plan, stop_at=2, objective=objective)
+        run_in(tmp_path, plan, objective=objective)
+    for name in ("advance", "evaluate"):
+        assert sum(f"Compiling jit({name})" in line for line in caplog.messages) == 1
+
+
 def test_a_run_goes_on_with_other_devices(tmp_path, devices):
     plan = plan_of(10, epochs=3)
     wanted = run_in(tmp_path / "straight", plan)

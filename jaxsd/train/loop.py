@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 from tqdm import tqdm
 
 from jaxsd import tuning
@@ -75,8 +75,12 @@ def data_mesh(batch_size: int) -> Mesh | None:
 
 
 def spread(tree: Tree, mesh: Mesh | None) -> Tree:
-    """Puts arrays on every device of the mesh (or on the one device)."""
-    return jax.device_put(tree, NamedSharding(mesh, PartitionSpec()) if mesh else None)
+    """Puts arrays on every device of the mesh, or on the one device: for good, as arrays from a checkpoint are.
+
+    Arrays that could be moved make another program, which a resumed run would have to compile anew.
+    """
+    one = SingleDeviceSharding(jax.local_devices()[0])
+    return jax.device_put(tree, NamedSharding(mesh, PartitionSpec()) if mesh else one)
 
 
 def gather(data: dict[str, jax.Array], rows: jax.Array, mask: jax.Array, mesh: Mesh | None) -> dict[str, jax.Array]:
