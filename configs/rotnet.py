@@ -94,8 +94,8 @@ def few(per_class):
 def stages(rotation_epochs, conv_epochs, supervised_epochs, draws, alpha=1.0):
     """Rotation, conv classifier on frozen blocks 1 and 2, and supervised training, their milestones scaled alike."""
 
-    def ladder(epochs, shares):
-        return dict(name="steps", rate=0.1, milestones=tuple(share * epochs for share in shares), factor=0.2)
+    def ladder(shares):
+        return dict(name="steps", rate=0.1, shares=shares, factor=0.2)
 
     view = (dict(name="scale", alpha=alpha),)
     shared = dict(optimiser=SGD, view=view, augment=CROP_FLIP, batch_size=128)
@@ -105,17 +105,17 @@ def stages(rotation_epochs, conv_epochs, supervised_epochs, draws, alpha=1.0):
             **shared,
             objective=dict(name="rotation"),
             on="unlabelled",
-            schedule=ladder(rotation_epochs, (0.3, 0.6, 0.8)),  # 60, 120, 160 of 200
+            schedule=ladder((0.3, 0.6, 0.8)),  # 60, 120, 160 of 200
             epochs=rotation_epochs,
         ),
         conv=dict(
             **task,
-            schedule=ladder(conv_epochs, (0.35, 0.7, 0.85)),  # 35, 70, 85 of 100
+            schedule=ladder((0.35, 0.7, 0.85)),  # 35, 70, 85 of 100
             epochs=conv_epochs,
             freeze=("block1", "block2"),
             fresh=("block3", "block4", "head"),
         ),
-        supervised=dict(**task, schedule=ladder(supervised_epochs, (0.3, 0.6, 0.8)), epochs=supervised_epochs),
+        supervised=dict(**task, schedule=ladder((0.3, 0.6, 0.8)), epochs=supervised_epochs),
     )
 
 

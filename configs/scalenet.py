@@ -65,10 +65,11 @@ def base():
 def embedded(config):
     """What the bare command runs: sized for two cores, so lengths and rates are ours; alphas are the paper's choice."""
     config.data = dict(name="mnist5k", test=1000, validation=0.0)
+    config.inputs = ordered(pixels_14=(dict(name="scale", alpha=0.5),))
     config.subsets = ordered(unlabelled=amount(total=400))
     config.labels = ordered(few=amount(per_class=10))
     config.model = dict(name="resnet8")
-    config.stages = small_batches(four_arms(half=(0.1, 8), full=(0.05, 2), downstream=downstream(0.05, 10)))
+    config.stages = small_batches(four_arms(half=(0.1, 8), full=(0.05, 4), downstream=downstream(0.05, 15)))
     config.probe = {**probe(), "batch_size": 32}
     config.attention = False
 
@@ -77,6 +78,7 @@ def tiny(config):
     """The same in seconds."""
     embedded(config)
     config.data = dict(name="digits", test=360, validation=0.0)
+    config.inputs = ordered(original=())
     config.subsets = ordered(unlabelled=amount(total=128))
     config.stages = small_batches(four_arms(half=(0.1, 2), full=(0.05, 1), downstream=downstream(0.05, 4)))
     config.probe = {**probe(), "batch_size": 32, "epochs": 4}
@@ -97,8 +99,8 @@ def folder(config):
     config.inputs = ordered(original=(), harris=(dict(name="harris"),))
     config.labels = ordered(few=amount(per_class=10))
     config.model = dict(name="resnet8")
-    config.stages = four_arms(half=(0.1, 20), full=(0.05, 10), downstream=downstream(0.05, 40, epoch_images=1000))
-    config.probe = probe(epoch_images=1000)
+    config.stages = four_arms(half=(0.1, 20), full=(0.05, 10), downstream=downstream(0.05, 40, epoch_images=500))
+    config.probe = probe()
 
 
 def photos(config):
@@ -237,17 +239,21 @@ def amount(total=None, fraction=None, per_class=None):
 
 def rotation(alpha, rate, epochs, milestones=None, factor=0.2):
     """One pretext stage: rate times factor at the milestones (section 3.1.1: 1/5 at 30, 60, 80 of 100 epochs)."""
-    milestones = milestones or tuple(share * epochs for share in (0.3, 0.6, 0.8))
     return dict(
         objective=dict(name="rotation"),
         on="unlabelled",
         view=(dict(name="scale", alpha=alpha, rule="legacy"),),
         augment=(),  # none is named in the paper
         optimiser=SGD,
-        schedule=dict(name="steps", rate=rate, milestones=milestones, factor=factor),
+        schedule=dict(name="steps", rate=rate, factor=factor, **drops(milestones)),
         epochs=epochs,
         batch_size=128,
     )
+
+
+def drops(milestones):
+    """Milestones in epochs, or the paper's shares of however many epochs there are."""
+    return dict(milestones=milestones) if milestones else dict(shares=(0.3, 0.6, 0.8))
 
 
 def downstream(rate, epochs, milestones=None, epoch_images=None):
@@ -258,12 +264,7 @@ def downstream(rate, epochs, milestones=None, epoch_images=None):
         fresh=("head",),
         augment=(),
         optimiser=SGD,
-        schedule=dict(
-            name="steps",
-            rate=rate,
-            milestones=milestones or tuple(share * epochs for share in (0.3, 0.6, 0.8)),
-            factor=0.2,
-        ),
+        schedule=dict(name="steps", rate=rate, factor=0.2, **drops(milestones)),
         epochs=epochs,
         epoch_images=epoch_images,
         batch_size=128,

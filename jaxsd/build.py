@@ -170,7 +170,7 @@ class _Builder:
             model=model,
             objective=objective,
             optimiser=self.once(["optimiser", part["optimiser"]], lambda: _optimiser(part["optimiser"], where)),
-            schedule=_schedule(part["schedule"], where),
+            schedule=_schedule(part["schedule"], part["epochs"], where),
             epochs=part["epochs"],
             view=view.compose(*(_view(one) for one in part.get("view", ()))),
             augment=augment.chain(*augments) if augments else None,
@@ -188,8 +188,12 @@ def _optimiser(spec: Config, where: str) -> Any:
     return optimiser.with_rate(optimiser.accumulate(make, spec.get("accumulate", 1)))
 
 
-def _schedule(spec: Config, where: str) -> schedule.Schedule:
-    made = _call(SCHEDULES, {k: v for k, v in spec.items() if k != "warmup"}, f"{where}: schedule")
+def _schedule(spec: Config, epochs: int, where: str) -> schedule.Schedule:
+    """The schedule; `shares` of the epochs may stand for milestones, and follow when the epochs are overridden."""
+    plain = {k: v for k, v in spec.items() if k not in ("warmup", "shares")}
+    if "shares" in spec:
+        plain["milestones"] = tuple(share * epochs for share in spec["shares"])
+    made = _call(SCHEDULES, plain, f"{where}: schedule")
     warm = spec.get("warmup")
     if warm is None:
         return made
