@@ -14,7 +14,7 @@ from typing import Any
 try:
     import fcntl
 except ImportError:  # Windows: two processes in one workdir are not kept apart there
-    fcntl = None
+    fcntl = None  # type: ignore[assignment]
 
 log = logging.getLogger("jaxsd")
 
@@ -111,6 +111,7 @@ def start_log(path: Path | None) -> None:
         log.removeHandler(handler)
     log.setLevel(logging.DEBUG)
     log.propagate = False
+    logging.raiseExceptions = False  # a signal may come amid a line: what its handler says is lost, without a traceback
     screen = logging.StreamHandler(sys.stderr)
     screen.setLevel(logging.INFO)
     screen.setFormatter(logging.Formatter("%(message)s"))

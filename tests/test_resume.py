@@ -49,7 +49,7 @@ def train_all(folder):
     recipe = Recipe(
         name="killed",
         arms={"pretrained": stages},
-        evaluations=("pretext", "finetune"),
+        evaluations=("finetune",),
         baseline="pretrained",
         seeds=(0,),
         subsets={"unlabelled": {"total": 40}},

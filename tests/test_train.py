@@ -37,9 +37,9 @@ def state_of(objective=OBJECTIVE, tx=SGD, **options):
 
 
 def test_jit_is_plain():
-    tx, batch = optax.sgd(0.1, momentum=0.9), batch_of(4)
-    state = state_of(tx=tx)
-    step = train.make_train_step(OBJECTIVE, tx, flip_horizontal())
+    tx, batch, objective = optax.adam(0.1), batch_of(4), objectives.rotation(Dense(4))
+    state = state_of(objective, tx)
+    step = train.make_train_step(objective, tx, flip_horizontal())
     plain, jitted = step(state, batch), jax.jit(step)(state, batch)
     close(plain, jitted)
     assert int(jitted[0].step) == 1 and int(state.step) == 0
@@ -62,11 +62,12 @@ def test_scan_is_a_loop_of_steps():
 
 def test_vmap_over_seeds_is_each_seed():
     keys, batch, tx = jax.random.split(KEY, 3), batch_of(4), optax.sgd(0.1)
+    init = jax.jit(lambda key: train.init(key, OBJECTIVE, tx, batch))
     step = train.make_train_step(OBJECTIVE, tx, flip_horizontal())
-    states = jax.vmap(lambda key: train.init(key, OBJECTIVE, tx, batch))(keys)
+    states = jax.jit(jax.vmap(init))(keys)
     together, _ = jax.jit(jax.vmap(step, in_axes=(0, None)))(states, batch)
     for i, key in enumerate(keys):
-        alone, _ = jax.jit(step)(train.init(key, OBJECTIVE, tx, batch), batch)
+        alone, _ = jax.jit(step)(init(key), batch)
         close(jax.tree.map(lambda x, i=i: x[i], together), alone)
 
 

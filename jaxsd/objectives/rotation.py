@@ -18,7 +18,7 @@ def turned_batch(batch: Batch, turns: tuple[int, ...] = TURNS) -> Batch:
     Only flips and transposes are used, so nothing but the content tells the angle. Source: ScaleNet section 2.2.
     """
     count = len(turns)
-    repeated = {name: jnp.repeat(batch[name], count) for name in ("index", "mask") if name in batch}
+    repeated: Batch = {name: jnp.repeat(batch[name], count) for name in ("index", "mask") if name in batch}
     label = jnp.tile(jnp.arange(count, dtype=jnp.int32), len(batch["image"]))
     return {**batch, **repeated, "image": turned(batch["image"], turns), "label": label}
 

@@ -18,10 +18,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
-from flax import traverse_util
 
 from jaxsd.errors import RunError
-from jaxsd.train.state import State, merge, partition
+from jaxsd.train.state import State, flat, merge, partition
 from jaxsd.workdir import log
 
 Tree = Any
@@ -114,7 +113,7 @@ class Checkpoints:
         training = {"opt_state": like[0].opt_state, "key": like[0].key, "step": like[0].step, "sums": like[1]}
         saved = _read(self._manager, self.directory, step, {"model": model, "training": training})
         model, training = saved["model"], saved["training"]
-        names = ["/".join(path) for path in traverse_util.flatten_dict(state.frozen)]
+        names = ["/".join(path) for path in flat(state.frozen)]
         params, frozen = partition(model["params"], names)
         restored = State(training["step"], params, frozen, model["extra"], training["opt_state"], training["key"])
         return Saved(step, restored, training["sums"], saved["record"]["seconds"])
@@ -153,7 +152,7 @@ def _read(manager: ocp.CheckpointManager, directory: Path, step: int, like: dict
     damaged = f"the checkpoint of step {step} in {directory} is damaged"
     try:
         with _quiet():
-            saved = manager.restore(step, args=ocp.args.Composite(**parts, record=ocp.args.JsonRestore()))
+            saved = dict(manager.restore(step, args=ocp.args.Composite(**parts, record=ocp.args.JsonRestore())))
     except (MemoryError, RuntimeError):  # the machine's fault (jax raises the latter), not the file's
         raise
     except Exception as error:  # whatever Orbax and what is under it make of a damaged file
@@ -174,7 +173,7 @@ def _checksums(tree: Tree) -> dict[str, int]:
     for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
         if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
             leaf = jax.random.key_data(leaf)
-        sums[jax.tree_util.keystr(path)] = zlib.crc32(np.ascontiguousarray(leaf).reshape(-1).view(np.uint8))
+        sums[jax.tree_util.keystr(path)] = zlib.crc32(np.ascontiguousarray(leaf).reshape(-1).view(np.uint8).data)
     return sums
 
 

@@ -220,9 +220,9 @@ class _Loop:
         if loss is not None:
             self.window.append((step, loss))
         while len(self.window) > ahead:
-            at, value = self.window.popleft()
-            if not math.isfinite(value := float(value)):
-                self._fail(at, f"the loss became {value}")
+            at, loss = self.window.popleft()
+            if not math.isfinite(float(loss)):
+                self._fail(at, f"the loss became {float(loss)}")
 
     def _fail(self, step: int, what: str) -> None:
         kept = self.watch.checkpoints.latest() if self.watch.checkpoints is not None else None

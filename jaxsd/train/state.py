@@ -25,6 +25,11 @@ class State(struct.PyTreeNode):
     key: jax.Array  # the stage's key; the key of a step is fold_in(key, step)
 
 
+def flat(tree: Tree) -> dict[tuple[str, ...], Any]:
+    """Nested dicts as one, by paths."""
+    return traverse_util.flatten_dict(tree)
+
+
 def _under(path: tuple[str, ...], names: Sequence[str]) -> bool:
     """Whether a flattened path lies at or below one of the names ('block1', 'trunk/block1')."""
     return any(path[: len(parts)] == parts for parts in (tuple(name.split("/")) for name in names))
@@ -34,12 +39,12 @@ def partition(params: Tree, freeze: Sequence[str]) -> tuple[Tree, Tree]:
     """Splits parameters into (trained, frozen) by module names or path prefixes; names that match nothing raise."""
     if not freeze:
         return params, {}
-    flat = traverse_util.flatten_dict(params)
+    paths = flat(params)
     for name in freeze:
-        if not any(_under(path, [name]) for path in flat):
+        if not any(_under(path, [name]) for path in paths):
             raise UserError(f"cannot freeze {name!r}: the network has {', '.join(sorted(params))}")
-    frozen = {path: leaf for path, leaf in flat.items() if _under(path, freeze)}
-    trained = {path: leaf for path, leaf in flat.items() if path not in frozen}
+    frozen = {path: leaf for path, leaf in paths.items() if _under(path, freeze)}
+    trained = {path: leaf for path, leaf in paths.items() if path not in frozen}
     return traverse_util.unflatten_dict(trained), traverse_util.unflatten_dict(frozen)
 
 
@@ -47,7 +52,7 @@ def merge(params: Tree, frozen: Tree) -> Tree:
     """Puts the two parts of `partition` together again."""
     if not frozen:
         return params
-    return traverse_util.unflatten_dict({**traverse_util.flatten_dict(params), **traverse_util.flatten_dict(frozen)})
+    return traverse_util.unflatten_dict({**flat(params), **flat(frozen)})
 
 
 def create(
@@ -94,8 +99,8 @@ def carry(source: Tree, target: Tree, *, fresh: Sequence[str] = (), under: str =
       and every name in `fresh` that neither network has.
     """
     prefix = tuple(under.split("/")) if under else ()
-    given = {(path[0], *prefix, *path[1:]): leaf for path, leaf in traverse_util.flatten_dict(source).items()}
-    wanted = traverse_util.flatten_dict(target)
+    given: dict[tuple[str, ...], Any] = {(path[0], *prefix, *path[1:]): leaf for path, leaf in flat(source).items()}
+    wanted = flat(target)
     names = [*fresh, *(f"{under}/{name}" for name in fresh if under)]
     result, lines, paths = {}, [], [path[1:] for path in (*wanted, *given)]
     unknown = [name for name in fresh if not any(_under(path, [name, f"{under}/{name}"]) for path in paths)]
