@@ -3,8 +3,8 @@
     python -m jaxsd.main --config=configs/rotnet.py[:PRESET]
 
     preset    data                                what is compared
-    (none)    5,000 handwritten digits, embedded  supervised and RotNet + conv with 20 and 100 labels per class
-    tiny      500 digits of 8 pixels, embedded    the same in seconds, for tests
+    (none)    5,000 handwritten digits, embedded  supervised and RotNet + conv with 20 labels per class, at 14 pixels
+    tiny      1,797 digits of 8 pixels, embedded  the same in seconds, with 2 labels per class, for tests
     folder    --config.data.path=FOLDER           the same on class folders, 20 labels per class
     cifar10   CIFAR-10 (TFDS)                     the paper's recipe with 20, 100, 400, 1,000 and 5,000 per class
 
@@ -46,7 +46,7 @@ def cifar10(config):
     """Expected error in per cent with 20 / 100 / 400 / 1,000 / 5,000 labels per class, as later surveys quote it.
 
     RotNet + conv 35.37 / 24.72 / 17.16 / 13.57 / 8.05; supervised 66.34 / 52.74 / 25.81 / 16.53 / 6.93. An epoch stays
-    50,000 draws however few the labels, so the number of steps does not shrink.
+    about 50,000 draws however few the labels, so the number of steps does not shrink.
     """
     config.data = dict(name="tfds", dataset="cifar10", data_dir=config_dict.placeholder(str))
     config.labels = ordered(**{f"per_class_{count}": few(count) for count in (20, 100, 400, 1000, 5000)})
@@ -66,7 +66,7 @@ def tiny(config):
     """The same in seconds."""
     config.data = dict(name="digits", test=360, validation=0.0)
     config.subsets = ordered(unlabelled=dict(total=64))
-    config.labels = ordered(per_class_20=few(2))
+    config.labels = ordered(per_class_2=few(2))
     config.stages = stages(rotation_epochs=1, conv_epochs=1, supervised_epochs=1, draws=20)
     config.seeds = (0,)
 
@@ -98,7 +98,7 @@ def stages(rotation_epochs, conv_epochs, supervised_epochs, draws, alpha=1.0):
         return dict(name="steps", rate=0.1, shares=shares, factor=0.2)
 
     view = (dict(name="scale", alpha=alpha),)
-    shared = dict(optimiser=SGD, view=view, augment=CROP_FLIP, batch_size=128)
+    shared = dict(optimiser=dict(SGD), view=view, augment=CROP_FLIP, batch_size=128)
     task = dict(**shared, objective=dict(name="supervised"), on="labelled", model=dict(blocks=3), epoch_images=draws)
     return dict(
         rotation=dict(

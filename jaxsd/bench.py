@@ -109,9 +109,7 @@ def _step(given: argparse.Namespace) -> Line:
     batch = jax.device_put({"image": image, "label": random.integers(given.classes, size=given.batch, dtype=np.int32)})
     objective, optimiser = objectives.supervised(model), optax.sgd(0.01, momentum=0.9)
     state = train.init(jax.random.key(0), objective, optimiser, batch)
-    step = jax.jit(
-        train.make_train_step(objective, optimiser), donate_argnums=0, compiler_options=tuning.compiler_options()
-    )
+    step = jax.jit(train.make_train_step(objective, optimiser), donate_argnums=0)
     start = time.perf_counter()
     compiled = step.lower(state, batch).compile()
     compile_s = time.perf_counter() - start

@@ -8,6 +8,7 @@ from typing import Any
 
 from jaxsd import data, models
 from jaxsd.data.source import Source, Splits
+from jaxsd.data.split import subset
 from jaxsd.errors import UserError
 from jaxsd.models.probe import LinearProbe
 from jaxsd.objectives.rotation import TURNS, rotation
@@ -39,6 +40,7 @@ OBJECTIVES = {
 OPTIMISERS = {"sgd": optimiser.sgd, "adam": optimiser.adam, "adamw": optimiser.adamw, "lars": optimiser.lars}
 SCHEDULES = {"constant": schedule.constant, "steps": schedule.steps, "cosine": schedule.cosine}
 
+AMOUNTS = ("labels", "subsets")
 STAGE_KEYS = (
     "objective", "optimiser", "schedule", "epochs", "batch_size", "on", "view", "augment", "epoch_images", "drop_last",
     "match", "fresh", "freeze", "model",
@@ -57,15 +59,20 @@ def load(config: Config) -> Splits:
 
 
 def load_pretext(config: Config, splits: Splits) -> Source | None:
-    """The images of the pretext stages where the config names a set of their own."""
-    if config["pretext_data"] is None:
+    """The images of the pretext stages where the config names a set of their own; all are used, none held out."""
+    spec = config["pretext_data"]
+    if not _has_pretext(spec):
         return None
-    source = _call(DATA, config["pretext_data"], "pretext_data").train
+    source = _call(DATA, {**spec, "test": 0.0} if spec["name"] == "folder" else spec, "pretext_data").train
     if source.shape != splits.train.shape:
         raise UserError(
             f"pretext_data: images of {source.shape}, but data has {splits.train.shape}: give both one size"
         )
     return source
+
+
+def _has_pretext(spec: Config | None) -> bool:
+    return spec is not None and (spec["name"] != "folder" or spec.get("path") is not None)
 
 
 def recipe(config: Config, shape: tuple[int, int, int] = (32, 32, 3), classes: int = 10) -> Recipe:
@@ -84,6 +91,16 @@ def _recipe(config: Config, shape: tuple[int, int, int], classes: int) -> Recipe
     if not config["seeds"] or not all(isinstance(seed, int) and seed >= 0 for seed in config["seeds"]):
         raise UserError(f"seeds must be whole numbers such as (0, 1, 2), got {config['seeds']!r}")
     _check_call(DATA, config["data"], "data")
+    if _has_pretext(config["pretext_data"]):
+        _check_call(DATA, config["pretext_data"], "pretext_data")
+        if (config["probe"] or {}).get("on") == "pretext":
+            raise UserError("probe.on='pretext' needs labels for the pretext images: leave pretext_data out")
+    if classes == 1:
+        raise UserError("the training images have one class only: there is nothing to tell apart")
+    amounts = {
+        kind: {name: _amount(part, f"{kind} {name!r}") for name, part in config[kind].items()} for kind in AMOUNTS
+    }
+    config = {**config, "stages": {name: _like(config["stages"], name) for name in config["stages"]}}
     build = _Builder(config, shape, classes)
     stages = {name: build.stage(name, part) for name, part in config["stages"].items()}
     for name, arm in config["arms"].items():
@@ -96,7 +113,7 @@ def _recipe(config: Config, shape: tuple[int, int, int], classes: int) -> Recipe
     for stage in stages.values():
         _pick({"labelled": None, **config["subsets"]}, stage.on, f"stage {stage.name!r}: on")
         for name in stage.match:
-            _pick(stages, name, f"stage {stage.name!r}: match")
+            _pick({other.name: other for arm in arms.values() for other in arm}, name, f"stage {stage.name!r}: match")
     baseline = _pick({name: name for name in config["arms"]}, config["baseline"], "baseline: arm")
     for name in config["evaluations"]:
         _pick(dict.fromkeys(EVALUATIONS), name, "evaluations")
@@ -112,10 +129,26 @@ def _recipe(config: Config, shape: tuple[int, int, int], classes: int) -> Recipe
         baseline=baseline if baseline in arms else next(iter(arms)),
         seeds=tuple(config["seeds"]),
         inputs={name: view.compose(*(_view(part) for part in parts)) for name, parts in config["inputs"].items()},
-        labels=dict(config["labels"]),
-        subsets=dict(config["subsets"]),
+        **amounts,
         probes=probes,
     )
+
+
+def _like(stages: Config, name: str) -> Config:
+    """A stage's part of the config, with what it leaves out taken from the stage that it is `like`."""
+    part = stages[name]
+    if "like" not in part:
+        return part
+    other = _pick(stages, part["like"], f"stage {name!r}: like")
+    if "like" in other:
+        raise UserError(f"stage {name!r}: like {part['like']!r}, which is like another itself: name that one")
+    return {**other, **{key: value for key, value in part.items() if key != "like"}}
+
+
+def _amount(part: Config, where: str) -> Config:
+    """Arguments of data.split.subset; 0 stands for not given, so that the command line can take a number away."""
+    _check(subset, part, where, given=("source", "seed"))
+    return {name: value for name, value in part.items() if value}
 
 
 class _Builder:

@@ -9,7 +9,7 @@ from typing import Any
 import jax
 
 from jaxsd import __version__, build, figures, report, tuning
-from jaxsd.data.source import Splits, describe
+from jaxsd.data.source import Source, Splits, describe
 from jaxsd.data.split import duplicates
 from jaxsd.errors import UserError
 from jaxsd.measure import attention, attention_images, measure
@@ -48,15 +48,21 @@ def run(
     tuning.cache_compilation()
     splits = build.load(config)
     log.info("%s", describe(splits))
+    pretext = build.load_pretext(config, splits)
+    copies = leaks(splits, pretext)
+    if copies:
+        log.warning("%d test images are pixel-equal to training images: accuracies will be too good", copies)
     classes = len(splits.train.classes)
     recipe = build.recipe(config, splits.train.shape, classes)
-    pretext = build.load_pretext(config, splits)
     experiment = Experiment(recipe, splits, workdir, pretext=pretext, stop=stop, save_seconds=config["save_seconds"])
     cells = list(experiment.cells(only))
     missing = experiment.check(cells, reuse=reuse)
     write_json(workdir / "config.json", config)
+    for cell in cells:
+        experiment.train(cell)
     rows = [row for cell in cells for row in measure(experiment, cell)]
-    summary = {**heading(config, splits), "rows": report.aggregate(rows, baseline=recipe.baseline)}
+    summary = heading(config, recipe.baseline, splits, pretext, copies)
+    summary["rows"] = report.aggregate(rows, baseline=recipe.baseline)
     report.write(workdir, summary)
     picture = workdir / "attention.png"
     if config["attention"] and splits.test is not None and (missing or not picture.exists()):
@@ -65,16 +71,28 @@ def run(
     return summary
 
 
-def heading(config: Config, splits: Splits) -> dict[str, Any]:
+def leaks(splits: Splits, pretext: Source | None) -> int | None:
+    """How many test images are pixel-equal to one that something is trained on; None without test images."""
+    if splits.test is None:
+        return None
+    return duplicates(splits.train, splits.test) + (duplicates(pretext, splits.test) if pretext is not None else 0)
+
+
+def heading(
+    config: Config, baseline: str, splits: Splits, pretext: Source | None, copies: int | None
+) -> dict[str, Any]:
     """Everything in the summary but its rows."""
     train, test = splits.train, splits.test
-    parts = [part.fingerprint() if part is not None else None for part in (train, splits.validation, test)]
+    parts = [part.fingerprint() if part is not None else None for part in (train, splits.validation, test, pretext)]
+    notes = ["seconds are those of training, compilation included"]
+    if test is None:
+        notes.append("there are no test images: nothing was measured, the trained networks are in the workdir")
     return {
         "config": config["name"],
         "preset": config["preset"],
         "version": __version__,
         "seeds": list(config["seeds"]),
-        "baseline": config["baseline"],
+        "baseline": baseline,
         "environment": {
             "jax": jax.__version__,
             "device": jax.local_devices()[0].device_kind,
@@ -88,10 +106,10 @@ def heading(config: Config, splits: Splits) -> dict[str, Any]:
             "test": len(test or ()),
             "classes": len(train.classes),
             "fingerprint": fingerprint(parts),
-            "duplicates_train_test": duplicates(train, test) if test is not None else None,
+            "duplicates_train_test": copies,
         },
         "protocol": protocol(config, splits),
-        "notes": [f"left out, unreadable: {name}" for name in splits.skipped],
+        "notes": notes + [f"left out, unreadable: {name}" for name in splits.skipped],
     }
 
 

@@ -39,7 +39,7 @@ def main(argv: list[str]) -> int:
         return _failed(error, 2)
     except RunError as error:
         return _failed(error, 1)
-    except Exception as error:  # the traceback is in the log, one line is for people
+    except Exception as error:  # one line is for people; the traceback is in the log
         return _failed(f"{type(error).__name__}: {error}; the traceback is in log.txt of the workdir", 1)
 
 

@@ -1,4 +1,4 @@
-"""What a cell of an experiment is measured by; test images are read here and nowhere else."""
+"""What a cell of an experiment is measured by: networks meet test images here and nowhere else."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -11,7 +11,7 @@ from jaxsd.evaluate.features import block_features, predict
 from jaxsd.evaluate.metrics import classification, per_class
 from jaxsd.evaluate.probes import knn, ridge
 from jaxsd.recipe import Cell, Experiment
-from jaxsd.stage import Run, Trained, data_of, done
+from jaxsd.stage import Run, data_of, done
 from jaxsd.train.loop import evaluate
 from jaxsd.workdir import fingerprint, read_json, write_json
 
@@ -119,21 +119,25 @@ def _on_features(name: str, classify: Callable[..., np.ndarray]) -> Callable[[Ex
         stage = runs[-1].stage if runs else experiment.runs(cell)[-1].stage
         train, train_print = experiment.given(cell, "labelled")
         train_labels, labels, classes = train.labels, test.labels, test.classes
+        standard = [part.tolist() for part in experiment.viewed(cell.input).standard]
+        start = runs[-1].fingerprint() if runs else fingerprint(["untrained", stage.spec, cell.seed, standard])
 
-        def features(trained: Trained, source: Source) -> dict[str, np.ndarray]:
-            images = stage.view(source).images
-            return block_features(stage.model, trained.params, trained.extra["model"], images)
+        def features() -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+            trained = experiment.trained(cell, runs) if runs else experiment.untrained(cell, stage)
+            viewed = (stage.view(source).images for source in (train, test))
+            here, there = (
+                block_features(stage.model, trained.params, trained.extra["model"], images) for images in viewed
+            )
+            return here, there
 
         def compute() -> Rows:
-            trained = experiment.trained(cell, runs) if runs else experiment.untrained(cell, stage)
-            here, there = features(trained, train), features(trained, test)
+            here, there = experiment.remembered(("features", start, train_print), features)
             scores = {k: classify(here[k], train_labels, there[k], classes=classes) for k in here}
             return [
                 _row("accuracy", classification(score, labels, classes)["accuracy"], len(test), block)
                 for block, score in scores.items()
             ]
 
-        start = runs[-1].fingerprint() if runs else ["untrained", dict(stage.spec), cell.seed]
         rows = _cached(experiment, [name, start, train_print, test.fingerprint()], compute)
         return [{**row, **_budget(experiment, runs)} for row in rows]
 

@@ -4,7 +4,7 @@ An arm is a path of stages; what two arms begin with in common is trained once.
 """
 
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,7 +12,7 @@ import numpy as np
 
 from jaxsd.data.source import Source, Splits, standardisation
 from jaxsd.data.split import subset
-from jaxsd.errors import UserError
+from jaxsd.errors import Stopped, UserError
 from jaxsd.stage import Run, Stage, Trained, check_folder, check_names, done, restore, run_stage, start
 from jaxsd.train.loop import Stop
 from jaxsd.views.view import View, compose
@@ -90,6 +90,7 @@ class Experiment:
         self._viewed: dict[str, Viewed] = {}
         self._subsets: dict[tuple, tuple[Source, str]] = {}
         self._trained: dict[str, Trained] = {}  # by fingerprint, oldest first
+        self._last: tuple[tuple, Any] | None = None
 
     def cells(self, only: tuple[str, ...] = ()) -> Iterator[Cell]:
         """Every cell, seeds outermost: after each seed all arms can be compared."""
@@ -115,34 +116,33 @@ class Experiment:
         if key not in self._subsets:
             viewed = self.viewed(cell.input)
             pool = viewed.splits.train if labelled else viewed.pretext
-            arguments = self.recipe.labels[cell.labels] if labelled else self.recipe.subsets[on]
-            rows = subset(pool, **arguments, seed=cell.seed)
-            source = pool.take(rows)
+            kind, name = ("labels", cell.labels) if labelled else ("subsets", on)
+            try:
+                rows = subset(pool, **(self.recipe.labels if labelled else self.recipe.subsets)[name], seed=cell.seed)
+            except UserError as error:
+                raise UserError(f"{kind} {name!r}: {error}; see --config.{kind}.{name}") from error
+            source = pool if len(rows) == len(pool) else pool.take(rows)
+            write_json(self.workdir / "subsets" / f"{kind}-{name}-seed{cell.seed}.json", rows.tolist())
+            self._subsets = {kept: value for kept, value in self._subsets.items() if kept[-1] == cell.seed}
             self._subsets[key] = (source, source.fingerprint())
-            self._note_subset(f"{cell.labels if labelled else on}-seed{cell.seed}", rows)
         return self._subsets[key]
-
-    def _note_subset(self, name: str, rows: np.ndarray) -> None:
-        path = self.workdir / "subsets" / f"{name}.json"
-        if not path.exists():
-            write_json(path, rows.tolist())
 
     def runs(self, cell: Cell, *, probe: bool = False) -> list[Run]:
         """The cell's runs from the root; with `probe` those of the pretext part and the probe on it."""
         stages = list(self.recipe.arms[cell.arm])
         if probe:
             stages = [stage for stage in stages if not stage.downstream] + [self.recipe.probes[cell.arm]]
-        path = [cell.input] if len(self.recipe.inputs) > 1 else []
-        forks = len(self.recipe.labels) > 1
+        path, forked = [cell.input], False
         runs: list[Run] = []
         for stage in stages:
-            if forks and stage.on == "labelled":
+            if stage.on == "labelled" and not forked:
                 path.append(cell.labels)
-                forks = False
+                forked = True
             path.append(stage.name)
             parent = runs[-1].fingerprint() if runs else None
             stage = self._matched(stage, cell)
-            runs.append(Run(stage, tuple(path), cell.seed, self.given(cell, stage.on)[1], parent))
+            data, standard = self.given(cell, stage.on)[1], self.viewed(cell.input).standard
+            runs.append(Run(stage, tuple(path), cell.seed, data, parent, standard))
         return runs
 
     def _matched(self, stage: Stage, cell: Cell) -> Stage:
@@ -150,8 +150,13 @@ class Experiment:
         if not stage.match:
             return stage
         known = {other.name: other for arm in self.recipe.arms.values() for other in arm}
-        target = sum(self._pixels(known[name], cell, known[name].epochs) for name in stage.match)
-        return stage.stretched(max(1, round(target / self._pixels(stage, cell, 1))))
+        matched = [self._matched(known[name], cell) for name in stage.match]
+        target = sum(self._pixels(other, cell, other.epochs) for other in matched)
+        one = self._pixels(stage, cell, 1)
+        epochs = max(1, round(target / one))
+        if abs(epochs * one / target - 1) > 0.02:
+            log.warning("%s: whole epochs show %.0f %% of the pixels to match", stage.name, 100 * epochs * one / target)
+        return stage.stretched(epochs)
 
     def _pixels(self, stage: Stage, cell: Cell, epochs: int) -> float:
         source, _ = self.given(cell, stage.on)
@@ -162,19 +167,19 @@ class Experiment:
         """The weights at the end of a path of runs: from memory, from disk, or trained now."""
         run = runs[-1]
         name = run.fingerprint()
+        if self.stop.signal is not None:
+            raise Stopped("stopped between two stages; the same command goes on from there", self.stop.signal)
         if name not in self._trained:
             source, _ = self.given(cell, run.stage.on)
             if done(run, self.workdir):
                 value = restore(run, source, self.workdir)
             else:
-                viewed = self.viewed(cell.input)
                 value = run_stage(
                     run,
                     source,
-                    standard=viewed.standard,
                     parent=self.trained(cell, runs[:-1]) if len(runs) > 1 else None,
                     workdir=self.workdir,
-                    validation=viewed.splits.validation,
+                    validation=self.viewed(cell.input).splits.validation,
                     stop=self.stop,
                     save_seconds=self.save_seconds,
                 )
@@ -183,19 +188,36 @@ class Experiment:
             self._trained[name] = value
         return self._trained[name]
 
+    def train(self, cell: Cell) -> None:
+        """Trains what the cell still lacks, probes included."""
+        paths = [self.runs(cell)]
+        if self._probes(cell):
+            paths.append(self.runs(cell, probe=True))
+        for runs in paths:
+            if done(runs[-1], self.workdir) is None:
+                self.trained(cell, runs)
+
+    def _probes(self, cell: Cell) -> bool:
+        return "probe" in self.recipe.evaluations and cell.arm in self.recipe.probes
+
     def untrained(self, cell: Cell, stage: Stage) -> Trained:
-        """The network of a stage as it is drawn, before any training: what a pretext task starts from."""
+        """The network of a stage as it is drawn, before any training: what learned features are compared with."""
         source, _ = self.given(cell, stage.on)
-        run = Run(stage, ("untrained",), cell.seed, "", None)
-        state, _ = start(stage, run.key(), source.take([0]), self.viewed(cell.input).standard, None)
+        run = Run(stage, ("untrained",), cell.seed, "", None, self.viewed(cell.input).standard)
+        state, _ = start(stage, run.key(), source.take([0]), run.standard, None)
         return Trained(state.params, state.extra)
+
+    def remembered(self, what: tuple, compute: Callable[[], Any]) -> Any:
+        """The value computed last, if it was of the same thing."""
+        if self._last is None or self._last[0] != what:
+            self._last = (what, compute())
+        return self._last[1]
 
     def all_runs(self, cells: list[Cell]) -> list[Run]:
         """Every run of the cells, probes included, once."""
         found: dict[str, Run] = {}
         for cell in cells:
-            probe = "probe" in self.recipe.evaluations and cell.arm in self.recipe.probes
-            for run in self.runs(cell) + (self.runs(cell, probe=True) if probe else []):
+            for run in self.runs(cell) + (self.runs(cell, probe=True) if self._probes(cell) else []):
                 found.setdefault(run.fingerprint(), run)
         return list(found.values())
 

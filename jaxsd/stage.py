@@ -13,6 +13,7 @@ import flax.linen as nn
 import jax
 import numpy as np
 import optax
+from clu.parameter_overview import get_parameter_overview
 
 from jaxsd.data.source import Source
 from jaxsd.errors import RunError, Stopped, UserError
@@ -95,6 +96,7 @@ class Run(NamedTuple):
     seed: int
     data: str  # fingerprint of the images and labels that it is given, before its view
     parent: str | None  # fingerprint of the stage before
+    standard: tuple[np.ndarray, np.ndarray]  # mean and deviation per channel of the images in [0, 1]
 
     def identity(self) -> dict[str, Any]:
         """Everything that decides the weights, as a JSON value."""
@@ -107,6 +109,7 @@ class Run(NamedTuple):
             "seed": self.seed,
             "data": self.data,
             "parent": self.parent,
+            "standard": [[float(value) for value in part] for part in self.standard],
             "format": WEIGHTS_FORMAT,
         }
 
@@ -197,7 +200,6 @@ def run_stage(
     run: Run,
     source: Source,
     *,
-    standard: tuple[np.ndarray, np.ndarray],
     parent: Trained | None = None,
     workdir: Path | None = None,
     validation: Source | None = None,
@@ -206,12 +208,12 @@ def run_stage(
 ) -> Trained:
     """Trains a stage on a source (before its view), or goes on where it was stopped; returns the weights.
 
-    With a workdir everything is written to the run's folder, done.json last. standard: mean and deviation per channel
-    of the images in [0, 1]. Raises UserError where a tensor of the parent has no place or is missing.
+    With a workdir everything is written to the run's folder, done.json last.
+    Raises UserError where a tensor of the parent has no place or is missing.
     """
     stop = stop or loop.Stop()
     if workdir is None:
-        return _train(run, source, standard, parent, validation, loop.Watch(stop=stop), None)
+        return _train(run, source, parent, validation, loop.Watch(stop=stop), None)
     if not run.stage.spec:
         raise UserError(f"stage {run.stage.name!r}: give a spec, by which its weights are known again in a workdir")
     folder = run.folder(workdir)
@@ -225,8 +227,10 @@ def run_stage(
         write_json(folder / "stage.json", run.identity())
         checkpoints, journal = Checkpoints(folder / "checkpoints"), Journal(folder / "metrics.jsonl")
         watch = loop.Watch(checkpoints=checkpoints, journal=journal, save_seconds=save_seconds, stop=stop)
+        events = Path(workdir, "events", *run.path, f"seed{run.seed}")
+        watch.on_epoch = tensorboard(events)
         try:
-            return _train(run, source, standard, parent, validation, watch, folder)
+            return _train(run, source, parent, validation, watch, folder)
         finally:
             checkpoints.close()
 
@@ -234,18 +238,19 @@ def run_stage(
 def _train(
     run: Run,
     source: Source,
-    standard: tuple[np.ndarray, np.ndarray],
     parent: Trained | None,
     validation: Source | None,
     watch: loop.Watch,
     folder: Path | None,
 ) -> Trained:
-    stage, key = run.stage, run.key()
+    stage = run.stage
     viewed = stage.view(source)
-    state, lines = start(stage, key, viewed, standard, parent)
-    plan = plan_of(stage, key, len(viewed))
+    state, lines = start(stage, run.key(), viewed, run.standard, parent)
+    # Not the run's own key: arms that are paired by seed see the same images in the same order.
+    plan = plan_of(stage, jax.random.key(run.seed), len(viewed))
     watch.where = f"{'/'.join(run.path)} seed {run.seed}"
     _say_beginning(watch.where, stage, viewed, plan)
+    log.debug("%s: trained parameters\n%s", watch.where, get_parameter_overview(state.params, include_stats=False))
     if validation is not None:
         watch.validate = _validation(stage, data_of(stage.view(validation)))
     if folder is not None:
@@ -254,6 +259,23 @@ def _train(
     if folder is not None and watch.journal is not None:
         write_json(folder / "done.json", _record(run, viewed, watch.journal, plan))
     return Trained(merge(state.params, state.frozen), state.extra)
+
+
+def tensorboard(folder: Path) -> Callable[[dict[str, Any]], None]:
+    """A function that writes an epoch's numbers as TensorBoard events, where tensorboardX is installed."""
+    try:
+        from tensorboardX import SummaryWriter
+    except ImportError:
+        return lambda entry: None
+    writer = SummaryWriter(str(folder), write_to_disk=True)
+
+    def write(entry: dict[str, Any]) -> None:
+        for name, value in entry.items():
+            if name not in ("step", "epoch", "split"):
+                writer.add_scalar(f"{entry['split']}/{name}", value, entry["step"])
+        writer.flush()
+
+    return write
 
 
 def _wait(stop: loop.Stop, folder: Path) -> None:
@@ -281,8 +303,8 @@ def _record(run: Run, viewed: Source, journal: Journal, plan: loop.Plan) -> dict
     last = journal.last() or {}
     return {
         "fingerprint": run.fingerprint(),
-        "images": len(viewed) * plan.repeat * plan.epochs,
-        "pixels": int(run.stage.pixels(len(viewed), viewed.shape[:2], plan.epochs)),
+        "images": plan.shown,
+        "pixels": plan.shown * run.stage.objective.views * viewed.shape[0] * viewed.shape[1],
         "seconds": last.get("seconds", 0.0),
         "steps": len(plan.rates),
         "metrics": {k: v for k, v in last.items() if k not in ("step", "epoch", "split", "seconds", "images/s")},

@@ -1,7 +1,6 @@
-"""Settings of the process and of the compiler, applied by the command line and never on import."""
+"""Settings of the process, applied by the command line and never on import."""
 
 import ctypes
-import functools
 import hashlib
 import os
 import platform
@@ -40,9 +39,3 @@ def cache_compilation(folder: Path | None = None) -> Path:
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
     return path
-
-
-@functools.cache
-def compiler_options() -> dict[str, str]:
-    """Options for jax.jit that this backend profits from and understands."""
-    return {}

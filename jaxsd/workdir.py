@@ -11,6 +11,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from jaxsd.errors import UserError
+
 try:
     import fcntl
 except ImportError:  # Windows: two processes in one workdir are not kept apart there
@@ -117,8 +119,13 @@ def start_log(path: Path | None) -> None:
     screen.setFormatter(logging.Formatter("%(message)s"))
     log.addHandler(screen)
     if path is not None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        file = logging.FileHandler(path)
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            file = logging.FileHandler(path)
+        except OSError as error:
+            raise UserError(
+                f"the workdir {path.parent} cannot be written ({error.strerror}): take another --workdir"
+            ) from error
         file.setLevel(logging.DEBUG)
         file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
         log.addHandler(file)

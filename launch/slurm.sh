@@ -5,7 +5,7 @@
 #SBATCH --job-name=jaxsd
 #SBATCH --gres=gpu:1
 #SBATCH --cpus-per-task=8
-#SBATCH --signal=TERM@120
+#SBATCH --signal=B:TERM@120
 #SBATCH --requeue
 set -euo pipefail
 exec python -m jaxsd.main "$@" --config.seeds="(${SLURM_ARRAY_TASK_ID:-0},)"

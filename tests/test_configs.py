@@ -35,9 +35,7 @@ def shrunk(config):
     if config["model"]["name"] == "resnet50":
         config["model"] = {"name": "resnet8"}
     for stage in (*config["stages"].values(), *([config["probe"]] if config["probe"] else [])):
-        stage.update(epochs=1, batch_size=8)
-        stage.update(match=(), epoch_images=None)
-        stage["schedule"].pop("warmup", None)
+        stage.update(epochs=1, batch_size=8, match=(), epoch_images=None)
     config["subsets"] = {name: {"total": 8} for name in config["subsets"]}
     config["labels"] = {name: {"total": 8} for name in config["labels"]}
     return config

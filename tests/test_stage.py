@@ -34,11 +34,11 @@ def stage_of(name="first", *, model=SMALL, objective=ROTATION, epochs=2, rate=0.
 
 def run_of(stage=None, path=None, *, seed=0, data="digits", parent=None):
     stage = stage or stage_of()
-    return Run(stage, path or (stage.name,), seed, data, parent)
+    return Run(stage, path or (stage.name,), seed, data, parent, STANDARD)
 
 
 def trained(run, folder=None, source=SOURCE, **options):
-    return run_stage(run, source, standard=STANDARD, workdir=folder, **options)
+    return run_stage(run, source, workdir=folder, **options)
 
 
 # what it begins with

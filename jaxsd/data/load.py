@@ -14,7 +14,7 @@ from jaxsd.data.split import carve
 from jaxsd.errors import UserError
 
 SPLIT_SEED = 0  # shares are carved off in the same way in every run
-TEST_SHARE = 0.2  # held out of a labelled folder that has no test folder
+TEST_SHARE = 0.2  # held out of a folder that has no test folder
 SHOWN = 20  # unreadable files named in an error
 
 
@@ -35,7 +35,7 @@ def folder(
     mean colour of the edge) or "squash"; images that have the size already are untouched. channels: 3, or 1 for gray.
     JPEG, PNG, WebP, BMP, GIF, TIFF, PPM are read: turned upright, transparency on white, 16 bits scaled, first frame.
     validation, test: shares held out where there is no such folder, drawn per class, the same in every run; test may
-    also name the folder to test on. test None: 0.2, but nothing of unlabelled images.
+    also name the folder to test on. test None: 0.2.
     on_bad_image: "error", or "skip" to leave unreadable files out and list them in `Splits.skipped`.
     cache: folder for decoded images, "auto" for the user's cache folder, None or "" for none.
     Raises UserError for a wrong path, layout, option, or unreadable image.
@@ -53,7 +53,7 @@ def folder(
     if skipped and on_bad_image == "error":
         raise UserError(_bad_images_text(root, skipped))
     sources = _folder_sources(root, entries, decoded)
-    share = test if isinstance(test, float | int) else TEST_SHARE if sources["train"].labels is not None else 0.0
+    share = test if isinstance(test, float | int) else TEST_SHARE
     return _held_out(root.resolve().name, sources, validation, share, skipped)
 
 
@@ -107,7 +107,7 @@ def tfds(
     keys = builder.info.supervised_keys or ("image", "label")
     features = builder.info.features
     if len(keys) != 2 or any(key not in features for key in keys) or not hasattr(features[keys[1]], "names"):
-        raise UserError(f"the TFDS set {dataset} does not give an image and a class label: it has {', '.join(features)}")
+        raise UserError(f"the TFDS set {dataset} has no image with a class label: it has {', '.join(features)}")
     classes = tuple(features[keys[1]].names)
     names = {"train": train, "validation": validation if isinstance(validation, str) else None, "test": test}
     sources = {}

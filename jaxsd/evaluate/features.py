@@ -57,6 +57,6 @@ def block_features(
 ) -> dict[str, np.ndarray]:
     """Features {block: float32 [N, D]} of uint8 images, in inference mode, every block in one pass.
 
-    Maps are averaged over the largest square grid that leaves at most 2,048 numbers per image.
+    Maps are averaged over the largest square grid that leaves at most 2,048 numbers per image; vectors stay whole.
     """
     return _over(model, params, collections, images, batch_size, 1)

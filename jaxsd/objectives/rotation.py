@@ -27,10 +27,13 @@ def rotation(model: nn.Module, *, turns: tuple[int, ...] = TURNS, label_smoothin
     """Predicts by how many quarter turns an image was turned; the mean over all turns of all images (eqs. 2 and 3).
 
     The images are turned after every augmentation, so the copies of an image show the same content. `turns` other than
-    all four gives RotNet's two-angle variants; the module needs len(turns) outputs.
+    all four gives RotNet's two-angle variants. A module with a field
+    `outputs` is given len(turns) of them; any other must have them.
     """
     if len(set(turns)) != len(turns) or not set(turns) <= set(TURNS) or len(turns) < 2:
         raise UserError(f"turns must be at least two different ones of 0, 1, 2, 3 (quarter turns), got {turns}")
+    if getattr(model, "outputs", len(turns)) != len(turns):
+        model = model.clone(outputs=len(turns))  # type: ignore[call-arg]
     classify = supervised(model, label_smoothing=label_smoothing)
 
     def loss(params: Tree, extra: Tree, batch: Batch, key: jax.Array, train: bool = True):

@@ -15,7 +15,6 @@ import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 from tqdm import tqdm
 
-from jaxsd import tuning
 from jaxsd.data.batches import epoch_batches, ordered_batches
 from jaxsd.errors import RunError, Stopped
 from jaxsd.objectives.objective import Objective
@@ -40,6 +39,14 @@ class Plan:
     order: jax.Array  # key: the order of epoch e comes from fold_in(order, e)
     repeat: int = 1  # times that an epoch shows each image
     drop_last: bool = False
+
+    @property
+    def shown(self) -> int:
+        """Images that the whole run shows, a repeated one each time."""
+        images = self.images * self.repeat
+        if self.drop_last:
+            images -= images % min(self.batch_size, images)
+        return images * self.epochs
 
     def batches(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
         """(index, mask), both [steps_per_epoch, batch]: a pure function of the epoch."""
@@ -112,7 +119,7 @@ def compiled(
         sums = {"steps": i + 1, "weight": sums["weight"] + weight, "totals": totals}
         return state, sums, metrics["loss"]
 
-    return step, jax.jit(advance, donate_argnums=(0, 1), compiler_options=tuning.compiler_options())
+    return step, jax.jit(advance, donate_argnums=(0, 1))
 
 
 def run(
@@ -283,7 +290,7 @@ def _evaluation(objective: Objective, mesh: Mesh | None) -> Callable[..., Any]:
         loss, (metrics, _) = objective.loss(params, extra, batch, jax.random.key(0), train=False)
         return {"loss": loss, **metrics}
 
-    return jax.jit(evaluate, compiler_options=tuning.compiler_options())
+    return jax.jit(evaluate)
 
 
 def evaluate(

@@ -6,6 +6,7 @@ Images are [..., H, W, C], uint8 or float in any range; what comes back is in th
 from typing import Any
 
 import numpy as np
+from einops import rearrange
 
 from jaxsd.errors import UserError
 
@@ -56,16 +57,15 @@ def quarter_turns(images: Any, k: int) -> Any:
 
 
 def turned(images: Any, turns: tuple[int, ...] = (0, 1, 2, 3)) -> Any:
-    """Every one of the quarter turns of square images [B, H, W, C], image-major: [turns * B, H, W, C].
+    """Every one of the quarter turns of images [B, H, W, C], image-major: [turns * B, H, W, C].
 
     Position len(turns) * i + k holds image i turned turns[k] times counter-clockwise, as in RotNet's loader. numpy and
     JAX arrays alike.
     """
-    if images.shape[1] != images.shape[2]:
-        raise UserError(f"turning needs square images, got {images.shape[1]} x {images.shape[2]}: set data.canvas")
-    namespace = images.__array_namespace__()
-    views = namespace.stack([quarter_turns(images, k) for k in turns], axis=1)  # [B, turns, H, W, C]
-    return views.reshape(-1, *images.shape[1:])
+    if images.shape[1] != images.shape[2] and any(k % 2 for k in turns):
+        size = f"{images.shape[1]} x {images.shape[2]}"
+        raise UserError(f"quarter turns need square images, got {size}: give them a square size, or turns=(0, 2)")
+    return rearrange([quarter_turns(images, k) for k in turns], "turns b h w c -> (b turns) h w c")
 
 
 def harris_response(gray: np.ndarray, *, block: int = 2, sobel: int = 3, k: float = 0.04) -> np.ndarray:
