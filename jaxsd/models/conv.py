@@ -7,7 +7,7 @@ gradients are the same product between the adjoints of these maps, so a rule is 
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -34,7 +34,7 @@ def conv(x: Array, w: Array, *, stride: IntOrPair = 1, padding: IntOrPair = 0) -
     if jax.default_backend() != "cpu":
         return library_conv(x, w, stride=stride, padding=padding)
     # CPUs multiply in float32 whatever is asked for, and the transforms of `_winograd` need its digits.
-    wide = jnp.promote_types(x.dtype, jnp.float32)
+    wide: Any = jnp.promote_types(x.dtype, jnp.float32)
     x_wide, w_wide = x.astype(wide), w.astype(wide)
     return _conv(x_wide, w_wide, pair(stride), pair(padding), _chunks(x_wide, w_wide)).astype(x.dtype)
 
