@@ -75,7 +75,9 @@ def rows_of(folder, what=None):
     return experiment, [row for cell in cells for row in measure(experiment, cell)]
 
 
-PATHS = ("half", "half/full", "half/full/probe", "half/full/task", "half/task", "task")
+PRETEXTS = ("original/half", "original/half/full")
+TASKS = ("original/few/task", "original/half/few/task", "original/half/full/few/task")
+PATHS = (*PRETEXTS, "original/half/full/few/probe", *TASKS)
 
 
 def test_first_run(workdir, calls):
@@ -122,16 +124,15 @@ def test_another_config_is_named_and_reuse_trains_what_differs(workdir, calls):
     changed = recipe_of(rate=0.02)
     with pytest.raises(UserError) as error:
         rows_of(workdir, changed)
-    for path in ("task", "half/task", "half/full/task"):
+    for path in TASKS:
         assert f"{path}/seed0: stage.schedule.rate: 0.05 -> 0.02" in str(error.value)
-    assert "half/full/seed0" not in str(error.value) and "--reuse" in str(error.value)
+    assert "original/half/full/seed0" not in str(error.value) and "--reuse" in str(error.value)
     experiment = Experiment(changed, SPLITS, workdir)
     cells = list(experiment.cells())
     experiment.check(cells, reuse=True)
     for cell in cells:
         measure(experiment, cell)
-    tasks = [path for path in PATHS if path.endswith("task")]
-    assert sorted(calls) == sorted((path, seed) for path in tasks for seed in (0, 1))
+    assert sorted(calls) == sorted((path, seed) for path in TASKS for seed in (0, 1))
 
 
 def test_other_images_are_another_stage(workdir):
@@ -139,5 +140,7 @@ def test_other_images_are_another_stage(workdir):
     more = dataclasses.replace(recipe_of(rate=0.02), subsets={"unlabelled": {"total": 65}})
     with pytest.raises(UserError) as error:
         rows_of(workdir, more)
-    assert "half/seed0: data:" in str(error.value) and "half/task/seed0: parent:" in str(error.value)
-    assert "; task/seed0" not in str(error.value)
+    assert "original/half/seed0: data:" in str(error.value) and "original/half/few/task/seed0: parent:" in str(
+        error.value
+    )
+    assert "original/few/task/seed0" not in str(error.value)
