@@ -36,7 +36,8 @@ def conv(x: Array, w: Array, *, stride: IntOrPair = 1, padding: IntOrPair = 0) -
     # CPUs multiply in float32 whatever is asked for, and the transforms of `_winograd` need its digits.
     wide: Any = jnp.promote_types(x.dtype, jnp.float32)
     x_wide, w_wide = x.astype(wide), w.astype(wide)
-    return _conv(x_wide, w_wide, pair(stride), pair(padding), _chunks(x_wide, w_wide)).astype(x.dtype)
+    result: Any = _conv(x_wide, w_wide, pair(stride), pair(padding), _chunks(x_wide, w_wide))
+    return result.astype(x.dtype)
 
 
 def library_conv(x: Array, w: Array, *, stride: IntOrPair = 1, padding: IntOrPair = 0) -> Array:
@@ -183,7 +184,7 @@ def _chunks(x: Array, w: Array) -> int:
     return next(n for n in range(1, batch + 1) if batch % n == 0 and batch // n <= images)
 
 
-def _over_chunks(function: Callable, n: int, total: Array | None, *arrays: Array):
+def _over_chunks(function: Callable, n: int, total: Array | None, *arrays: Array) -> tuple[Any, Array]:
     """Applies `function(*chunk) -> (summand, result)` to n chunks of the batch; returns the sum and all results.
 
     Chunk i holds the images i, i + n, ...: every device of a sharded batch has an equal part of every chunk.
