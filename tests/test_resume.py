@@ -149,10 +149,10 @@ def wait_for(what, process):
 
 
 @pytest.mark.parametrize(
-    ("arm", "total", "kills"), [("scratch", 8, 1), pytest.param("scalenet", 11, 25, marks=pytest.mark.slow)]
+    ("arm", "total", "kills"), [("scratch", 8, 0), pytest.param("scalenet", 11, 25, marks=pytest.mark.slow)]
 )
 def test_the_command_killed_stopped_and_finished(tmp_path, arm, total, kills):
-    """SIGKILL a random while after the data are read; SIGTERM: saved, one line, status 143; then to the end."""
+    """SIGKILL, if any, a random while after the data are read; SIGTERM: saved, one line, status 143; then to the end."""
     process = started(arm, tmp_path / "straight")
     _, errors = process.communicate()
     assert process.returncode == 0, errors
