@@ -152,7 +152,7 @@ def wait_for(what, process):
     ("arm", "total", "kills"), [("scratch", 8, 0), pytest.param("scalenet", 11, 25, marks=pytest.mark.slow)]
 )
 def test_the_command_killed_stopped_and_finished(tmp_path, arm, total, kills):
-    """SIGKILL, if any, a random while after the data are read; SIGTERM: saved, one line, status 143; then to the end."""
+    """SIGKILL, if any, a random while after the data are read; SIGTERM: saved, one line, status 143; then on."""
     process = started(arm, tmp_path / "straight")
     _, errors = process.communicate()
     assert process.returncode == 0, errors
