@@ -1,5 +1,6 @@
 """What the command line does once its flags are read: process settings, data, experiment, summary, table."""
 
+import os
 import platform
 import signal
 from collections.abc import Iterable
@@ -29,7 +30,8 @@ def stop_on_signals(signals: Iterable[int]) -> Stop:
             signal.signal(number, signal.SIG_DFL)
             signal.raise_signal(number)
         stop.signal = number
-        log.info("%s: saving, then stopping (once more: stop at once)", signal.Signals(number).name)
+        # A handler may come amid a log line, so it writes past the log.
+        os.write(2, f"{signal.Signals(number).name}: saving, then stopping (once more: stop at once)\n".encode())
 
     for number in signals:
         signal.signal(number, ask)
@@ -60,7 +62,10 @@ def run(
     write_json(workdir / "config.json", config)
     for cell in cells:
         experiment.train(cell)
-    rows = [row for cell in cells for row in measure(experiment, cell)]
+    rows = []
+    for cell in cells:
+        rows += measure(experiment, cell)
+        experiment.look()
     summary = heading(config, recipe.baseline, splits, pretext, copies)
     summary["rows"] = report.aggregate(rows, baseline=recipe.baseline)
     report.write(workdir, summary)

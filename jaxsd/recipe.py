@@ -13,7 +13,7 @@ import numpy as np
 from jaxsd.data.source import Source, Splits, standardisation
 from jaxsd.data.split import subset
 from jaxsd.errors import Stopped, UserError
-from jaxsd.stage import Run, Stage, Trained, check_folder, check_names, done, restore, run_stage, start
+from jaxsd.stage import Run, Stage, Trained, check_folder, check_names, done, drawn, restore, run_stage
 from jaxsd.train.loop import Stop
 from jaxsd.views.view import View, compose
 from jaxsd.workdir import log, write_json
@@ -167,8 +167,7 @@ class Experiment:
         """The weights at the end of a path of runs: from memory, from disk, or trained now."""
         run = runs[-1]
         name = run.fingerprint()
-        if self.stop.signal is not None:
-            raise Stopped("stopped between two stages; the same command goes on from there", self.stop.signal)
+        self.look()
         if name not in self._trained:
             source, _ = self.given(cell, run.stage.on)
             if done(run, self.workdir):
@@ -188,6 +187,11 @@ class Experiment:
             self._trained[name] = value
         return self._trained[name]
 
+    def look(self) -> None:
+        """Raises Stopped after a signal; what is running looks for itself."""
+        if self.stop.signal is not None:
+            raise Stopped("stopped between two stages; the same command goes on from there", self.stop.signal)
+
     def train(self, cell: Cell) -> None:
         """Trains what the cell still lacks, probes included."""
         paths = [self.runs(cell)]
@@ -204,8 +208,7 @@ class Experiment:
         """The network of a stage as it is drawn, before any training: what learned features are compared with."""
         source, _ = self.given(cell, stage.on)
         run = Run(stage, ("untrained",), cell.seed, "", None, self.viewed(cell.input).standard)
-        state, _ = start(stage, run.key(), source.take([0]), run.standard, None)
-        return Trained(state.params, state.extra)
+        return drawn(run, source)
 
     def remembered(self, what: tuple, compute: Callable[[], Any]) -> Any:
         """The value computed last, if it was of the same thing."""

@@ -160,6 +160,12 @@ def start(
     return create(run_key, params, {**extra, "model": collections}, stage.optimiser, freeze=stage.freeze), lines
 
 
+def drawn(run: Run, source: Source) -> Trained:
+    """The weights of a run as they are drawn, before any training and with nothing from a stage before."""
+    state, _ = start(run.stage, run.key(), run.stage.view(source.take([0])), run.standard, None)
+    return Trained(merge(state.params, state.frozen), state.extra)
+
+
 def plan_of(stage: Stage, key: jax.Array, images: int) -> loop.Plan:
     """The stage's epochs, batches and rates over a set of so many images."""
     repeat = stage.repeat(images)

@@ -113,7 +113,6 @@ def start_log(path: Path | None) -> None:
         log.removeHandler(handler)
     log.setLevel(logging.DEBUG)
     log.propagate = False
-    logging.raiseExceptions = False  # a signal may come amid a line: what its handler says is lost, without a traceback
     screen = logging.StreamHandler(sys.stderr)
     screen.setLevel(logging.INFO)
     screen.setFormatter(logging.Formatter("%(message)s"))

@@ -27,7 +27,7 @@ MAY_IMPORT = {
     "views": ("data.source",),
     "models": (),
     "objectives": ("views.augment", "views.pixels", "models.forward"),
-    "train": ("objectives.objective", "models.forward", "data.batches", "tuning", "workdir"),
+    "train": ("objectives.objective", "models.forward", "data.batches", "workdir"),
     "evaluate": ("data.source", "data.batches", "models.forward", "models.pool"),
     "stage": ("workdir", "data", "views", "models.forward", "objectives.objective", "train"),
     "recipe": ("workdir", "data.source", "data.split", "views.view", "train.loop", "stage"),
