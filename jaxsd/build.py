@@ -110,10 +110,11 @@ def _recipe(config: Config, shape: tuple[int, int, int], classes: int) -> Recipe
     if not classes:  # nothing is labelled: what is left is the pretext part
         cut = {name: tuple(stage for stage in arm if not stage.downstream) for name, arm in arms.items()}
         arms = {name: arm for name, arm in cut.items() if arm}
+    used = {stage.name: stage for arm in arms.values() for stage in arm}
     for stage in stages.values():
         _pick({"labelled": None, **config["subsets"]}, stage.on, f"stage {stage.name!r}: on")
-        for name in stage.match:
-            _pick({other.name: other for arm in arms.values() for other in arm}, name, f"stage {stage.name!r}: match")
+        for name in stage.match if stage.name in used else ():
+            _pick(used, name, f"stage {stage.name!r}: match")
     baseline = _pick({name: name for name in config["arms"]}, config["baseline"], "baseline: arm")
     for name in config["evaluations"]:
         _pick(dict.fromkeys(EVALUATIONS), name, "evaluations")

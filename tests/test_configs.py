@@ -89,6 +89,15 @@ def test_every_stage_of_a_preset_takes_a_step(name, preset, shared, tmp_path):
     assert done >= {stage for arm in config["arms"].values() for stage in arm}
 
 
+def test_without_labels_the_pretext_part_is_left():
+    recipe = build.recipe(config_of("scalenet", "folder"), (32, 32, 3), classes=0)
+    assert {name: [stage.name for stage in arm] for name, arm in recipe.arms.items()} == {
+        "rotnet": ["rotnet"],
+        "scalenet": ["half", "full"],
+    }
+    assert recipe.baseline == "rotnet" and not recipe.probes
+
+
 def test_the_papers_numbers_stand_in_the_presets():
     config = config_of("scalenet", "cifar10")
     stage = config["stages"]["a50_r10"]
