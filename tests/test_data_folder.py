@@ -82,8 +82,10 @@ def test_train_may_be_a_class(tmp_path):
 
 
 def test_a_flat_folder_is_unlabelled(tmp_path):
-    splits = folder(fill(tmp_path, "b.png", "a.png", "c.png", "d.png"))
+    splits = folder(fill(tmp_path, "b.png", "a.png", "c.png", "d.png"), test=0.0)
     assert splits.train.labels is None and splits.test is None and splits.train.classes == ()
+    held = folder(tmp_path)  # a fifth, for the pretext task's accuracy
+    assert (len(held.train), len(held.test)) == (3, 1) and held.test.labels is None
     assert names_of(splits.train) == ["a.png", "b.png", "c.png", "d.png"]
     assert len(folder(tmp_path, validation=0.25).validation) == 1
     fill(tmp_path / "level", "train/a.png", "train/b.png", "val/c.png")
