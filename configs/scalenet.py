@@ -77,7 +77,7 @@ def embedded(config):
     config.subsets = ordered(unlabelled=amount(total=400))
     config.labels = ordered(few=amount(per_class=10))
     config.model = dict(name="resnet8")
-    config.stages = small_batches(four_arms(half=(0.1, 8), full=(0.05, 4), downstream=downstream(0.05, 15)))
+    config.stages = small_batches(four_arms(half=(0.1, 4), full=(0.05, 2), downstream=downstream(0.05, 15)))
     config.probe = {**probe(), "batch_size": 32}
     config.attention = False
 

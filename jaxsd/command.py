@@ -60,10 +60,9 @@ def run(
     cells = list(experiment.cells(only))
     missing = experiment.check(cells, reuse=reuse)
     write_json(workdir / "config.json", config)
-    for cell in cells:
-        experiment.train(cell)
     rows = []
     for cell in cells:
+        experiment.train(cell)
         rows += measure(experiment, cell)
         experiment.look()
     summary = heading(config, recipe.baseline, splits, pretext, copies)
