@@ -49,7 +49,7 @@ def test_wrong_use_is_one_line_and_status_2(flags, message, tmp_path):
 
 
 def test_a_whole_run_and_what_follows(tmp_path):
-    flags = [TINY, "--only=scratch,scalenet", "--config.seeds=(0,)", f"--workdir={tmp_path}"]
+    flags = [TINY, "--only=scratch,scalenet", "--config.seeds=(0,)", "--config.attention=True", f"--workdir={tmp_path}"]
     done = run(*flags)
     assert done.returncode == 0, done.stderr
     assert "scalenet" in done.stdout and "10 per class" in done.stdout
@@ -59,10 +59,10 @@ def test_a_whole_run_and_what_follows(tmp_path):
     rows = {(row["arm"], row["evaluation"], row["block"], row["metric"]): row for row in report.read(tmp_path)}
     assert ("scalenet", "pretext", None, "accuracy") in rows and ("scalenet", "probe", "block1", "accuracy") in rows
     row = rows["scalenet", "finetune", None, "accuracy"]
-    # 128 images, two epochs each at 4 and 8 pixels, four turns; then 200 draws in each of four epochs
-    assert row["pixels"] == 2 * 128 * 4 * (16 + 64) + 4 * 200 * 64 and row["images"] == 4 * 128 + 4 * 200
+    # 128 images, two epochs at 4 pixels and one at 8, four turns; then 100 images in each of four epochs
+    assert row["pixels"] == 128 * 4 * (2 * 16 + 64) + 4 * 100 * 64 and row["images"] == 3 * 128 + 4 * 100
     assert 0 <= row["values"][0] <= 1 and row["ci95"] is None and row["difference"]["to"] == "scratch"
-    folder = tmp_path / "stages" / "half" / "full" / "finetune" / "seed0"
+    folder = tmp_path / "stages" / "original" / "half" / "full" / "few" / "finetune" / "seed0"
     transfer = json.loads((folder / "transfer.json").read_text())
     fresh = {line["tensor"] for line in transfer if line["action"] == "fresh"}
     assert fresh == {"params/head/kernel", "params/head/bias"}
