@@ -145,10 +145,10 @@ def protocol(config: Config, splits: Splits) -> str:
 
 
 def _amount(part: Config) -> str:
-    """How many images, in words."""
+    """How many images, in words; 0 stands for not given, as in the recipe."""
     total, fraction, per_class = (part.get(name) for name in ("total", "fraction", "per_class"))
-    if per_class is not None:
+    if per_class:
         return f"{per_class:,} per class"
-    if fraction is not None:
+    if fraction:
         return f"{fraction:.0%} of the training images"
-    return "all" if total is None else f"{total:,}"
+    return f"{total:,}" if total else "all"
