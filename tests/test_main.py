@@ -1,12 +1,14 @@
 """The command line: what it accepts, what it refuses, what it leaves behind."""
 
 import json
+import os
 import subprocess
 import sys
 import time
 from pathlib import Path
 
 import pytest
+from conftest import CACHE
 
 from jaxsd import report
 
@@ -15,7 +17,8 @@ TINY = "--config=configs/scalenet.py:tiny"
 
 
 def run(*flags, module="jaxsd.main"):
-    return subprocess.run([sys.executable, "-m", module, *flags], cwd=ROOT, capture_output=True, text=True)
+    kept = {**os.environ, "XDG_CACHE_HOME": str(CACHE)}
+    return subprocess.run([sys.executable, "-m", module, *flags], cwd=ROOT, env=kept, capture_output=True, text=True)
 
 
 @pytest.mark.parametrize("module", ["jaxsd.main", "jaxsd.check", "jaxsd.bench"])

@@ -86,16 +86,16 @@ def _taps(x: Array, axis: int, first: int, size: int, step: int = 1) -> Array:
 
 
 def _windows(x: Array, axis: int, kernel: int, padding: int, size: int, stride: int) -> Array:
-    """The kernel's positions along one axis as a new axis before the channels."""
-    return jnp.stack([_taps(x, axis, i - padding, size, stride) for i in range(kernel)], -2)
+    """The kernel's positions along one axis side by side, each with all channels: [..., kernel * C]."""
+    return lax.concatenate([_taps(x, axis, i - padding, size, stride) for i in range(kernel)], 3)
 
 
 def _fold_rows(z: Array, geometry: Geometry, axis: int) -> Array:
     """Adds the products [..., H, w, kh, O] of each kernel row where they belong: [..., h, w, O]."""
     kh, (ph, _) = geometry.kernel[0], geometry.padding
     parts = lax.split(z, [1] * kh, z.ndim - 2)
-    parts = [_taps(part.squeeze(-2), axis, i - ph, geometry.out[0]) for i, part in enumerate(parts)]
-    return functools.reduce(jnp.add, parts)
+    parts = [_taps(lax.squeeze(part, (z.ndim - 2,)), axis, i - ph, geometry.out[0]) for i, part in enumerate(parts)]
+    return functools.reduce(lax.add, parts)
 
 
 def _patches(g: Geometry, batch: int) -> Rule:
@@ -103,11 +103,14 @@ def _patches(g: Geometry, batch: int) -> Rule:
     (h, w), (kh, kw), (sh, sw), (ph, pw) = g.out, g.kernel, g.stride, g.padding
 
     def spread(x):
-        x = _windows(x, ROWS, kh, ph, h, sh)  # [b, h, W, kh, C]
-        x = _windows(x, COLUMNS, kw, pw, w, sw)  # [b, h, w, kh, kw, C]
+        x = _windows(x, ROWS, kh, ph, h, sh)  # [b, h, W, kh C]
+        x = _windows(x, COLUMNS, kw, pw, w, sw)  # [b, h, w, kw kh C]
         return x.reshape(1, -1, kh * kw * g.channels)
 
-    return Rule(spread, lambda k: k.reshape(1, -1, g.features), lambda z: z.reshape(batch, h, w, g.features))
+    def arrange(k):
+        return k.transpose(1, 0, 2, 3).reshape(1, -1, g.features)
+
+    return Rule(spread, arrange, lambda z: z.reshape(batch, h, w, g.features))
 
 
 def _columns(g: Geometry, batch: int) -> Rule:
@@ -138,11 +141,18 @@ _OUTPUT = ((1, 1, 1, 1, 1, 0), (0, 1, -1, 2, -2, 0), (0, 1, 1, 4, 4, 0), (0, 1, 
 
 
 def _combine(matrix: Sequence[Sequence[float]], parts: Sequence[Array]) -> list[Array]:
-    """matrix @ parts, written out: XLA fuses the sums, and most entries are 0 or 1."""
+    """matrix @ parts, written out: XLA fuses the sums, and most entries are 0 or 1.
+
+    By lax and not by operators: these are most of what a network's tracing has to do.
+    """
     return [
-        functools.reduce(jnp.add, [p if a == 1 else a * p for a, p in zip(row, parts, strict=True) if a])
+        functools.reduce(lax.add, [p if a == 1 else lax.mul(p, float(a)) for a, p in zip(row, parts, strict=True) if a])
         for row in matrix
     ]
+
+
+def _stacked(parts: Sequence[Array], axis: int) -> Array:
+    return lax.concatenate([lax.expand_dims(part, (axis,)) for part in parts], axis)
 
 
 def _winograd(g: Geometry, batch: int) -> Rule:
@@ -153,15 +163,16 @@ def _winograd(g: Geometry, batch: int) -> Rule:
     def spread(x):
         x = lax.optimization_barrier(_taps(x, COLUMNS, -pw, 4 * tiles + 4))
         x = x.reshape(batch, g.rows, tiles + 1, 4, g.channels)
-        parts = [x[:, :, :-1, i] for i in range(4)] + [x[:, :, 1:, i] for i in range(2)]  # overlapping sixes
-        return jnp.stack(_combine(_INPUT, parts)).reshape(6, -1, g.channels)
+        sixes = [(0, i) for i in range(4)] + [(1, i) for i in range(2)]  # they overlap by two
+        parts = [lax.slice(x, (0, 0, t, i, 0), (batch, g.rows, t + tiles, i + 1, g.channels)) for t, i in sixes]
+        return _stacked(_combine(_INPUT, parts), 0).reshape(6, -1, g.channels)
 
     def arrange(k):
         return jnp.einsum("tj,ijco->tcio", _KERNEL.astype(k.dtype), k).reshape(6, g.channels, 3 * g.features)
 
     def collect(z):
         z = lax.optimization_barrier(_fold_rows(z.reshape(6, batch, g.rows, tiles, 3, g.features), g, 1 + ROWS))
-        y = jnp.stack(_combine(_OUTPUT, [part.squeeze(0) for part in lax.split(z, [1] * 6, 0)]), 3)
+        y = _stacked(_combine(_OUTPUT, [lax.squeeze(part, (0,)) for part in lax.split(z, [1] * 6, 0)]), 3)
         return y.reshape(batch, h, 4 * tiles, g.features)[:, :, :w]
 
     return Rule(spread, arrange, collect)
@@ -184,26 +195,28 @@ def _chunks(x: Array, w: Array) -> int:
     return next(n for n in range(1, batch + 1) if batch % n == 0 and batch // n <= images)
 
 
-def _over_chunks(function: Callable, n: int, total: Array | None, *arrays: Array) -> tuple[Any, Array]:
+def _over_chunks(
+    function: Callable, n: int, total: Array | None, shape: tuple[int, ...], *arrays: Array
+) -> tuple[Any, Array]:
     """Applies `function(*chunk) -> (summand, result)` to n chunks of the batch; returns the sum and all results.
+
+    shape: of all results [B, ...].
 
     Chunk i holds the images i, i + n, ...: every device of a sharded batch has an equal part of every chunk.
     """
     if n == 1:
         return function(*arrays)
     arrays = tuple(a.reshape(a.shape[0] // n, n, *a.shape[1:]) for a in arrays)
-    parts = tuple(jax.ShapeDtypeStruct((a.shape[0], *a.shape[2:]), a.dtype) for a in arrays)
-    result = jax.eval_shape(function, *parts)[1]
 
     def body(i, carry):
         total, results = carry
         summand, part = function(*(lax.dynamic_index_in_dim(a, i, 1, False) for a in arrays))
-        total = None if total is None else total + summand
+        total = None if total is None else lax.add(total, summand)
         return total, lax.dynamic_update_index_in_dim(results, part, i, 1)
 
-    results = jnp.zeros((result.shape[0], n, *result.shape[1:]), result.dtype)
+    results = lax.full((shape[0] // n, n, *shape[1:]), 0, arrays[0].dtype)
     total, results = lax.fori_loop(0, n, body, (total, results))
-    return total, results.reshape(-1, *result.shape[1:])
+    return total, results.reshape(shape)
 
 
 def _geometry(x: Array, w: Array, stride: tuple[int, int], padding: tuple[int, int]) -> Geometry:
@@ -232,21 +245,21 @@ def _conv(x: Array, w: Array, stride: tuple[int, int], padding: tuple[int, int],
     def part(x):
         return None, rule.collect(_products(rule.spread(x), kernel, (2, 1)))
 
-    return _over_chunks(part, n, None, x)[1]
+    return _over_chunks(part, n, None, (x.shape[0], *geometry.out, geometry.features), x)[1]
 
 
 def _fused(x: Array, w: Array, g: Geometry) -> Array:
     """A first layer (27 products for 3 x 3 x 3): multiply and add in one pass over the result, no patches in memory."""
     (h, w_out), (sh, sw), (ph, pw) = g.out, g.stride, g.padding
     x = lax.pad(x, jnp.zeros((), x.dtype), ((0, 0, 0), (ph, ph, 0), (pw, pw, 0), (0, 0, 0)))
-    taps = [
-        x[:, i : i + sh * (h - 1) + 1 : sh, j : j + sw * (w_out - 1) + 1 : sw]
-        for i in range(g.kernel[0])
-        for j in range(g.kernel[1])
-    ]
-    kernel = w.reshape(-1, g.channels, g.features)
-    terms = [tap[..., c : c + 1] * kernel[t, c] for t, tap in enumerate(taps) for c in range(g.channels)]
-    return lax.optimization_barrier(functools.reduce(jnp.add, terms))
+    full, kernel = (x.shape[0], h, w_out, g.features), w.reshape(-1, g.features)
+    terms = []
+    for row, (i, j, c) in enumerate(np.ndindex(*w.shape[:3])):
+        end = (x.shape[0], i + sh * (h - 1) + 1, j + sw * (w_out - 1) + 1, c + 1)
+        tap = lax.broadcast_in_dim(lax.slice(x, (0, i, j, c), end, (1, sh, sw, 1)), full, (0, 1, 2, 3))
+        weight = lax.broadcast_in_dim(lax.slice(kernel, (row, 0), (row + 1, g.features)), full, (0, 3))
+        terms.append(lax.mul(tap, weight))
+    return lax.optimization_barrier(functools.reduce(lax.add, terms))
 
 
 def _forward(x: Array, w: Array, stride: tuple[int, int], padding: tuple[int, int], n: int):
@@ -267,7 +280,7 @@ def _backward(stride: tuple[int, int], padding: tuple[int, int], n: int, saved: 
         dx = _adjoint(rule.spread, images)(_products(dz, kernel, (2, 2)))
         return _products(spread, dz, (1, 1)), dx
 
-    dkernel, dx = _over_chunks(part, n, jnp.zeros_like(kernel), x, dy)
+    dkernel, dx = _over_chunks(part, n, jnp.zeros_like(kernel), x.shape, x, dy)
     return dx, _adjoint(rule.arrange, jax.ShapeDtypeStruct(w.shape, w.dtype))(dkernel)
 
 

@@ -23,6 +23,7 @@ def _means(*arrays: Array) -> list[Array]:
     return [a.mean(tuple(range(a.ndim - 1))) for a in arrays]
 
 
+@jax.jit  # layers of one shape are traced once
 def _normalise(x, scale, bias, epsilon):
     wide = x.astype(jnp.float32)
     mean, square = _means(wide, wide * wide)
@@ -32,6 +33,7 @@ def _normalise(x, scale, bias, epsilon):
     return (y.astype(x.dtype), mean, var), (x, scale, mean, inverse)
 
 
+@jax.jit
 def _gradients(saved, cotangents):
     x, scale, mean, inverse = saved
     wide, dy = x.astype(jnp.float32), cotangents[0].astype(jnp.float32)

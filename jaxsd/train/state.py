@@ -1,5 +1,6 @@
 """The state of a training run, its frozen part, and strict hand-over of weights between networks."""
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -59,6 +60,11 @@ def create(
     key: jax.Array, params: Tree, extra: Tree, optimiser: optax.GradientTransformation, *, freeze: Sequence[str] = ()
 ) -> State:
     """A state at step 0 around copies of given parameters and extra: a donating step never takes the caller's."""
+    return _create(key, params, extra, optimiser, tuple(freeze))
+
+
+@functools.partial(jax.jit, static_argnums=(3, 4))  # one program, not one for each shape of a leaf
+def _create(key, params, extra, optimiser, freeze) -> State:
     key, params, extra = jax.tree.map(jnp.copy, (key, params, extra))
     trained, frozen = partition(params, freeze)
     return State(jnp.zeros((), jnp.int32), trained, frozen, extra, optimiser.init(trained), key)
