@@ -21,7 +21,7 @@ class Part(nn.Module):
 
 
 class Small(Backbone):
-    """Two parts on each pixel and its left neighbour, average, head: compiled in a moment, yet all that a ResNet has."""
+    """Two parts on each pixel and its left neighbour, average, head: compiled in a moment, yet all of a ResNet."""
 
     widths: tuple[int, ...] = (4, 6)
 
