@@ -1,6 +1,7 @@
 """Images and labels in memory."""
 
 import hashlib
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
@@ -12,14 +13,50 @@ from jaxsd.errors import UserError
 CHUNK = 4096  # images converted at a time, so that wider copies stay small
 
 
+@dataclass(frozen=True)
+class Grid:
+    """Square patches of `size` pixels every `stride` pixels, row by row; the last row and column end at the border.
+
+    Raises UserError for a size or stride below 1.
+    """
+
+    size: int
+    stride: int
+
+    def __post_init__(self):
+        if self.size < 1 or self.stride < 1:
+            raise UserError(f"patches need a size and a stride of 1 or more: got {self.size} and {self.stride}")
+
+    def sides(self, height: int, width: int) -> tuple[int, int]:
+        """How many patches stand below and beside each other: (side - size) / stride + 1.
+
+        Raises UserError where that is no whole number, so that nothing of an image is lost, naming strides that fit.
+        """
+        for side in (height, width):
+            if self.size > side or (side - self.size) % self.stride:
+                room = side - self.size
+                fit = [n for n in range(1, self.size + 1) if room >= 0 and room % n == 0]
+                cure = f"strides that do: {', '.join(map(str, fit[-6:]))}" if fit else f"a patch has at most {side}"
+                raise UserError(
+                    f"patches of {self.size} pixels every {self.stride} do not reach the border of a side of {side}: "
+                    f"{cure}"
+                )
+        return (height - self.size) // self.stride + 1, (width - self.size) // self.stride + 1
+
+
 @dataclass(frozen=True, eq=False, repr=False)
 class Source:
-    """Images in memory, with their labels where there are any.
+    """Images in memory, with their labels or scores where there are any.
 
     images: uint8 [N, H, W, C], N >= 1.
     labels: whole numbers [N] in 0..len(classes)-1, kept as int32; None where nothing is labelled.
     classes: the name of every label. Left out: "0", "1", ... up to the largest label.
     names: where each image came from ("train/cat/3.png"), [N] or empty.
+    scores: finite numbers [N] to be predicted, kept as float32; None where there are none.
+    groups: the scene that each image shows, [N] or empty: images of one scene belong on one side of a split.
+    kinds: what was done to each image ("jpeg"), [N] or empty: results are also given for each kind.
+    grid: patches in place of whole images. Then `len` counts patches and `shape` is a patch's, while images, labels
+        and all else stay those of the images: sample i is patch i % P of image i // P, P = `patches`.
     Raises UserError where these do not fit together.
     """
 
@@ -27,63 +64,92 @@ class Source:
     labels: np.ndarray | None = None
     classes: tuple[str, ...] = ()
     names: tuple[str, ...] = ()
+    scores: np.ndarray | None = None
+    groups: tuple[str, ...] = ()
+    kinds: tuple[str, ...] = ()
+    grid: Grid | None = None
 
     def __post_init__(self):
         _check_images(self.images)
+        count = len(self.images)
         if self.labels is not None:
-            labels = _checked_labels(self.labels, len(self))
+            labels = _checked_labels(self.labels, count)
             classes = tuple(self.classes) or tuple(str(label) for label in range(int(labels.max()) + 1))
             if labels.max() >= len(classes):
                 raise UserError(f"label {labels.max()} has no name: there are only {len(classes)} classes, from 0")
             object.__setattr__(self, "labels", labels)
             object.__setattr__(self, "classes", classes)
-        if len(self.names) not in (0, len(self)):
-            raise UserError(f"names must be one per image: got {len(self.names)} for {len(self)} images")
+        if self.scores is not None:
+            object.__setattr__(self, "scores", _checked_scores(self.scores, count))
+        for what in ("names", "groups", "kinds"):
+            if len(getattr(self, what)) not in (0, count):
+                raise UserError(f"{what} must be one per image: got {len(getattr(self, what))} for {count} images")
+        if self.grid is not None:
+            self.grid.sides(*self.images.shape[1:3])
 
     def __repr__(self) -> str:
         return f"Source(images={list(self.images.shape)}, classes={len(self.classes)})"
 
     def __len__(self) -> int:
-        return len(self.images)
+        return len(self.images) * self.patches
+
+    @property
+    def patches(self) -> int:
+        """Samples made of one image: 1 without a grid."""
+        return math.prod(self.grid.sides(*self.images.shape[1:3])) if self.grid else 1
 
     @property
     def shape(self) -> tuple[int, int, int]:
-        """(H, W, C) of every image."""
+        """(H, W, C) of every sample: of a patch where there is a grid, else of an image."""
         height, width, channels = self.images.shape[1:]
-        return height, width, channels
+        return (self.grid.size, self.grid.size, channels) if self.grid else (height, width, channels)
 
     def take(self, indices: np.ndarray | Sequence[int]) -> "Source":
-        """The images at whole-number positions [M], in that order; classes stay as they are."""
+        """The images at whole-number positions [M], in that order, each with all its patches; classes stay."""
         indices = np.asarray(indices)
         if indices.ndim != 1 or not np.issubdtype(indices.dtype, np.integer):
             raise UserError(f"take needs whole-number positions [M]: got {indices.dtype} {list(indices.shape)}")
+
+        def part(values: tuple[str, ...]) -> tuple[str, ...]:
+            return tuple(values[index] for index in indices) if values else ()
+
         labels = None if self.labels is None else self.labels[indices]
-        names = tuple(self.names[index] for index in indices) if self.names else ()
-        return replace(self, images=self.images[indices], labels=labels, names=names)
+        scores = None if self.scores is None else self.scores[indices]
+        named = {"names": part(self.names), "groups": part(self.groups), "kinds": part(self.kinds)}
+        return replace(self, images=self.images[indices], labels=labels, scores=scores, **named)
 
     def with_images(self, images: np.ndarray) -> "Source":
-        """The same labels, classes and names under other images uint8 [N, H', W', C']."""
+        """The same labels, scores and names under other images uint8 [N, H', W', C']; whole ones, without a grid."""
+        if self.grid is not None:
+            raise UserError("patches must be the last view: other views change whole images")
         if len(images) != len(self):
             raise UserError(f"with_images must keep the number of images: got {len(images)} for {len(self)}")
         return replace(self, images=images)
 
     def fingerprint(self) -> str:
-        """SHA-256 (hex) of pixels, shape, labels, classes and names: equal for equal data, wherever it was read."""
-        digest = hashlib.sha256(repr((self.images.shape, self.classes, self.names)).encode())
+        """SHA-256 (hex) of pixels, shape and all that goes with them: equal for equal data, wherever it was read."""
+        beside = (self.groups, self.kinds, self.grid) if self.groups or self.kinds or self.grid else ()
+        digest = hashlib.sha256(repr((self.images.shape, self.classes, self.names, *beside)).encode())
         digest.update(np.ascontiguousarray(self.images).data)
         if self.labels is not None:
             digest.update(np.ascontiguousarray(self.labels, "<i4").data)
+        if self.scores is not None:
+            digest.update(np.ascontiguousarray(self.scores, "<f4").data)
         return digest.hexdigest()
 
 
 class Splits(NamedTuple):
-    """A data set: training, validation and test images with the same shape and the same class list."""
+    """A data set: training, validation and test images with the same shape and the same class list.
+
+    score: what the scores are ("mean opinion score, 0 to 100, higher is better"), for the table.
+    """
 
     name: str
     train: Source
     validation: Source | None
     test: Source | None
     skipped: tuple[str, ...] = ()  # images that could not be read and were left out, each with the reason
+    score: str = ""
 
 
 def standardisation(source: Source) -> tuple[np.ndarray, np.ndarray]:
@@ -112,7 +178,7 @@ def describe(splits: Splits) -> str:
     lines = [f"{splits.name}: images {height}x{width}x{channels}"]
     for name, source in (("train", splits.train), ("validation", splits.validation), ("test", splits.test)):
         if source is not None:
-            lines.append(f"  {name}: {len(source)} images, {_classes_text(source)}")
+            lines.append(f"  {name}: {len(source.images)} images, {_classes_text(source)}")
     if splits.skipped:
         lines.append(f"  left out: {len(splits.skipped)} unreadable images")
     return "\n".join(lines)
@@ -137,8 +203,21 @@ def _checked_labels(labels: np.ndarray, count: int) -> np.ndarray:
     return labels.astype(np.int32)
 
 
+def _checked_scores(scores: np.ndarray, count: int) -> np.ndarray:
+    """Scores as float32 [count]."""
+    scores = np.asarray(scores)
+    if scores.shape != (count,) or scores.dtype.kind not in "fiu":
+        raise UserError(f"scores must be numbers [{count}]: got {scores.dtype} {list(scores.shape)}")
+    if not np.isfinite(scores).all():
+        raise UserError(f"the score of image {int(np.flatnonzero(~np.isfinite(scores))[0])} is not finite: mend it")
+    return scores.astype(np.float32)
+
+
 def _classes_text(source: Source) -> str:
     """How many images each class has, in a few words."""
+    if source.scores is not None:
+        scenes = f", {len(set(source.groups))} scenes" if source.groups else ""
+        return f"scores from {source.scores.min():g} to {source.scores.max():g}{scenes}"
     if source.labels is None:
         return "no labels"
     counts = np.bincount(source.labels, minlength=len(source.classes))
