@@ -2,6 +2,7 @@ import numpy as np
 import pytest
 
 from jaxsd.data import Source, carve, duplicates, subset
+from jaxsd.data.split import repeats, shared_groups, split
 from jaxsd.errors import UserError
 
 
@@ -99,3 +100,70 @@ def test_duplicates_are_counted_pixel_for_pixel():
     other = Source(np.concatenate([source.images[[3, 3, 40]], near]))
     assert duplicates(source, other) == 3
     assert duplicates(source, other.with_images(other.images[:, :2])) == 0
+    assert repeats(source) == 0 and repeats(other) == 1
+
+
+def scenes(counts, **fields):
+    """One image for each count and scene, scenes shuffled."""
+    names = np.random.default_rng(0).permutation(np.repeat([f"scene {n}" for n in range(len(counts))], counts))
+    images = np.arange(4 * len(names), dtype=np.uint32).view(np.uint8).reshape(-1, 2, 2, 4)
+    return Source(images, groups=tuple(names.tolist()), **fields)
+
+
+# 29 scenes, 779 images: 26 images of nine scenes, 27 of 16, 28 of three, 29 of one (LIVE, release 2)
+LIVE = scenes((26,) * 9 + (27,) * 16 + (28,) * 3 + (29,))
+
+
+def sides(source, **how):
+    train, test = split(source, **how)
+    assert train.dtype == test.dtype == np.int64
+    assert np.array_equal(np.sort(np.concatenate([train, test])), np.arange(len(source.images)))
+    assert (np.diff(train) > 0).all() and (np.diff(test) > 0).all()
+    return train, test
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_a_split_by_group_keeps_scenes_on_one_side(seed):
+    train, test = sides(LIVE, seed=seed)
+    seen, held = ({LIVE.groups[i] for i in part} for part in (train, test))
+    assert (len(seen), len(held)) == (23, 6) and not seen & held
+    assert shared_groups(LIVE.take(train), LIVE.take(test)) == 0
+
+
+def test_a_split_by_image_shows_test_scenes_in_training():
+    train, test = sides(LIVE, by="image", seed=0)
+    assert (len(train), len(test)) == (623, 156)
+    assert shared_groups(LIVE.take(train), LIVE.take(test)) == 156  # each scene has about 21 images in training
+    few = LIVE.take([i for i in train if LIVE.groups[i] == "scene 3"])
+    assert shared_groups(few, LIVE) == 26  # all images of that scene, one of the first nine
+    labels = labelled((30, 20, 10))
+    assert counted(labels, sides(labels, by="image", test=0.3, seed=2)[1]) == [9, 6, 3]
+
+
+def test_a_split_depends_on_seed_and_names_only():
+    first, again, other = (split(LIVE, seed=seed)[1] for seed in (3, 3, 4))
+    assert np.array_equal(first, again) and not np.array_equal(first, other)
+    order = np.random.default_rng(1).permutation(len(LIVE))
+    shuffled = LIVE.take(order)  # another order of files holds out the same scenes
+    held = {shuffled.groups[i] for i in split(shuffled, seed=3)[1]}
+    assert held == {LIVE.groups[i] for i in first}
+    drawn = {name for seed in range(60) for name in (LIVE.groups[i] for i in split(LIVE, seed=seed)[1])}
+    assert len(drawn) == 29  # each scene has its turn
+
+
+@pytest.mark.parametrize(
+    ("source", "how", "said"),
+    [
+        (scenes((3,)), {}, "two scenes or more: got 1"),
+        (labelled((3, 3)), {}, "got 0; split by image"),
+        (scenes((3, 3)), {"test": 0.2}, "0.2 of 2 scenes leaves no test images"),
+        (scenes((3, 3)), {"test": 0.8}, "0.8 of 2 scenes leaves no training images"),
+        (scenes((1,)), {"by": "image"}, "0.2 of 1 images leaves no test"),
+        (scenes((3, 3)), {"test": 0.0}, "above 0 and below 1"),
+        (scenes((3, 3)), {"by": "scene"}, "'group' or by 'image': got 'scene'"),
+    ],
+)
+def test_impossible_splits_are_refused(source, how, said):
+    with pytest.raises(UserError, match=said) as error:
+        split(source, seed=0, **how)
+    assert "\n" not in str(error.value)

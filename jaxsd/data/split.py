@@ -1,6 +1,7 @@
-"""Which images go where: carving a split off, limited training sets, leaks between splits."""
+"""Which images go where: training and test parts, limited training sets, leaks between splits."""
 
 import hashlib
+from typing import Literal
 
 import numpy as np
 
@@ -27,6 +28,44 @@ def carve(labels_or_n: np.ndarray | int, share: float, *, seed: int) -> tuple[np
     drawn = [random.permutation(positions)[:count] for positions, count in zip(members, counts, strict=True)]
     carved = np.sort(np.concatenate(drawn)).astype(np.int64)
     return np.setdiff1d(np.arange(sizes.sum(), dtype=np.int64), carved), carved
+
+
+def split(
+    source: Source, *, test: float = 0.2, by: Literal["group", "image"] = "group", seed: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Parts the images of a source at random: sorted positions (train, test), int64, together each image once.
+
+    by: "group" holds out whole scenes (`Source.groups`), so that no scene is on both sides: of G scenes
+    round((1 - test) * G) train. "image" holds out a share of the images, of each class where there are labels, whatever
+    they show. test: the share held out, in (0, 1). Nothing depends on the order of the images but their positions.
+    Raises UserError where there are no two scenes, or where nothing would be left on a side.
+    """
+    if not 0 < test < 1:
+        raise UserError(f"the share of test images must be above 0 and below 1: got {test}")
+    if by == "image":
+        train, held = carve(len(source.images) if source.labels is None else source.labels, test, seed=seed)
+        what = f"{len(source.images)} images"
+    elif by == "group":
+        names = sorted(set(source.groups))
+        if len(names) < 2:
+            raise UserError(f"a split by group needs images of two scenes or more: got {len(names)}; split by image")
+        order = np.random.default_rng(seed).permutation(len(names))
+        chosen = {names[index] for index in order[: round((1 - test) * len(names))]}
+        trains = np.array([group in chosen for group in source.groups])
+        train, held = np.flatnonzero(trains).astype(np.int64), np.flatnonzero(~trains).astype(np.int64)
+        what = f"{len(names)} scenes"
+    else:
+        raise UserError(f"a split is by 'group' or by 'image': got {by!r}")
+    if not len(train) or not len(held):
+        side = "test" if len(train) else "training"
+        raise UserError(f"a test share of {test:g} of {what} leaves no {side} images: take another share")
+    return train, held
+
+
+def shared_groups(a: Source, b: Source) -> int:
+    """How many images of `b` show a scene (`Source.groups`) that some image of `a` shows; 0 where none are named."""
+    known = set(a.groups)
+    return sum(group in known for group in b.groups)
 
 
 def subset(
@@ -74,6 +113,11 @@ def duplicates(a: Source, b: Source) -> int:
         return 0
     known = set(_row_hashes(a))
     return sum(row in known for row in _row_hashes(b))
+
+
+def repeats(source: Source) -> int:
+    """How many images equal an earlier one of the same source pixel for pixel."""
+    return len(source.images) - len(set(_row_hashes(source)))
 
 
 def _members(labels: np.ndarray) -> list[np.ndarray]:
