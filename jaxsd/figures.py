@@ -1,6 +1,6 @@
-"""Pictures of results, drawn with matplotlib; no display is needed and no global state of pyplot is touched."""
+"""Pictures of images and of where networks look; matplotlib without a display and without the state of pyplot."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +9,7 @@ import numpy as np
 from jaxsd.errors import UserError
 
 CELL, SPACE, GROUP = 1.6, 0.05, 0.25  # inches: width of a picture, between pictures, between those of two images
+GAP = 0.15  # inches, between pictures with words under them
 HEADING, MARGIN, BAR = 0.3, 0.1, 0.75  # inches: line of block names, border, room for the colour bar
 TEXT = 11  # points
 LETTER = 0.09  # inches, the average width of a letter at that size
@@ -51,11 +52,11 @@ def attention_figure(
     top = MARGIN + high + HEADING  # of the first row of maps
     for index, image in enumerate(images):
         x = left + index * group
-        _picture(axes_at(x + (group - GROUP - SPACE - CELL) / 2, MARGIN, CELL, high), image)
+        show_picture(axes_at(x + (group - GROUP - SPACE - CELL) / 2, MARGIN, CELL, high), image)
         for line, (model, maps) in enumerate(rows.items()):
             for column, block in enumerate(blocks):
                 axes = axes_at(x + column * (CELL + SPACE), top + line * (high + SPACE), CELL, high)
-                _picture(axes, image)
+                show_picture(axes, image)
                 axes.imshow(maps[block][index], cmap="jet", vmin=0, vmax=1, alpha=OPACITY, interpolation="bilinear")
                 if line == 0:
                     axes.set_title(titles[block], fontsize=TEXT)
@@ -65,6 +66,41 @@ def attention_figure(
     bar = figure.colorbar(ScalarMappable(cmap="jet"), cax=axes_at(size[0] - BAR + 0.1, top, 0.12, high), ticks=[0, 1])
     bar.ax.set_yticklabels(["low", "high"], fontsize=TEXT - 2)
     figure.savefig(path, dpi=150)
+
+
+def image_rows(path: str | Path, rows: Mapping[str, tuple[np.ndarray, Sequence[str]]]) -> None:
+    """Draws some images of each split, one split a line, with a few words under each image.
+
+    path: where to write; its ending is the format (png, pdf, svg). rows: {what the line shows: (images uint8
+    [N, H, W, C] with 1 or 3 channels, captions [N])}; the lines may differ in N.
+    Raises UserError where there are no images, or not one caption each.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    for name, (images, captions) in rows.items():
+        if images.ndim != 4 or images.shape[-1] not in (1, 3) or len(images) != len(captions):
+            raise UserError(f"{name}: {len(captions)} captions for images {list(images.shape)}: give one for each")
+    columns = max((len(images) for images, _ in rows.values()), default=0)
+    if not columns:
+        raise UserError("image_rows needs at least one image")
+    highs = [CELL * images.shape[1] / images.shape[2] for images, _ in rows.values()]
+    size = (2 * MARGIN + columns * (CELL + GAP) - GAP, 2 * MARGIN + sum(highs) + len(rows) * (2 * HEADING + GAP) - GAP)
+    figure = Figure(figsize=size)
+    FigureCanvasAgg(figure)
+    letters = int(CELL / LETTER)
+    y = MARGIN
+    for (name, (images, captions)), high in zip(rows.items(), highs, strict=True):
+        figure.text(MARGIN / size[0], 1 - (y + HEADING / 2) / size[1], name, fontsize=TEXT, weight="bold", va="center")
+        for column, (image, caption) in enumerate(zip(images, captions, strict=True)):
+            x, top = MARGIN + column * (CELL + GAP), y + HEADING
+            axes = figure.add_axes((x / size[0], 1 - (top + high) / size[1], CELL / size[0], high / size[1]))
+            show_picture(axes, image)
+            short = caption if len(caption) <= letters else f"{caption[: letters - 1]}\N{HORIZONTAL ELLIPSIS}"
+            below = {"xytext": (0, -3), "textcoords": "offset points", "ha": "center", "va": "top"}
+            axes.annotate(short, (0.5, 0), xycoords="axes fraction", fontsize=TEXT - 1, **below)
+        y += high + 2 * HEADING + GAP
+    figure.savefig(path, dpi=100)
 
 
 def _checked_blocks(images: np.ndarray, rows: Mapping[str, Mapping[str, np.ndarray]]) -> list[str]:
@@ -85,8 +121,8 @@ def _checked_blocks(images: np.ndarray, rows: Mapping[str, Mapping[str, np.ndarr
     return blocks
 
 
-def _picture(axes: Any, image: np.ndarray) -> None:
-    """Shows an image [H, W, C] in axes without ticks or frame; one channel is gray."""
+def show_picture(axes: Any, image: np.ndarray) -> None:
+    """Shows an image [H, W, C], uint8 or float in [0, 1], in axes without ticks or frame; one channel is gray."""
     gray = image.shape[-1] == 1
     top = 255 if image.dtype == np.uint8 else 1
     axes.imshow(image[..., 0] if gray else image, cmap="gray" if gray else None, vmin=0, vmax=top)

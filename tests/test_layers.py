@@ -23,6 +23,7 @@ MAY_IMPORT = {
     "tuning": (),
     "report": (),
     "figures": (),
+    "figures_scores": ("figures",),
     "data": (),
     "views": ("data.source",),
     "models": (),
