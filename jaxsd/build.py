@@ -25,6 +25,13 @@ DATA = {
     "folder": data.folder,
     "arrays": data.arrays,
     "tfds": data.tfds,
+    "table": data.table,
+    "live": data.live,
+    "live_itw": data.live_itw,
+    "koniq": data.koniq,
+    "kadid": data.kadid,
+    "tid2013": data.tid2013,
+    "indoor67": data.indoor67,
 }
 VIEWS = {"scale": view.scale, "stretch": view.stretch, "gray": view.gray, "harris": view.harris}
 AUGMENTS = {

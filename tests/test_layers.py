@@ -9,7 +9,7 @@ ROOT = Path(__file__).parents[1]
 
 # The files of each folder, in order: a file imports only files before it.
 FOLDERS = {
-    "data": ("source", "split", "embedded", "files", "decode", "cache", "load", "batches"),
+    "data": ("source", "split", "embedded", "files", "decode", "cache", "load", "scored", "published", "batches"),
     "views": ("pixels", "view", "augment"),
     "models": ("conv", "norm", "pool", "forward", "blocks", "convnet", "resnet", "probe", "catalogue", "__main__"),
     "objectives": ("objective", "supervised", "rotation"),

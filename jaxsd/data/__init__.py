@@ -2,6 +2,8 @@
 
 from jaxsd.data.embedded import digits, mnist5k, photos
 from jaxsd.data.load import arrays, folder, tfds
+from jaxsd.data.published import indoor67, kadid, koniq, live, live_itw, tid2013
+from jaxsd.data.scored import table
 from jaxsd.data.source import Source, Splits, describe, standardisation
 from jaxsd.data.split import carve, duplicates, subset
 
@@ -14,9 +16,16 @@ __all__ = [
     "digits",
     "duplicates",
     "folder",
+    "indoor67",
+    "kadid",
+    "koniq",
+    "live",
+    "live_itw",
     "mnist5k",
     "photos",
     "standardisation",
     "subset",
+    "table",
     "tfds",
+    "tid2013",
 ]

@@ -4,7 +4,7 @@ import os
 import warnings
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
@@ -13,7 +13,8 @@ from tqdm import tqdm
 from jaxsd.errors import UserError
 
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
-CANVASES = ("crop", "pad", "squash")
+UNRESIZED = ("reflect", "zeros")  # canvases that keep every pixel as it is
+CANVASES = ("crop", "pad", "squash", *UNRESIZED)
 MAX_SIDE = 30_000  # pixels; beyond, a file is an accident or an attack. Pillow itself refuses 179 million pixels
 RESAMPLING = Image.Resampling.BICUBIC  # in Pillow always antialiased
 
@@ -22,7 +23,7 @@ class Layout(NamedTuple):
     """What every image becomes: [height, width, channels]."""
 
     size: tuple[int, int] | None  # (height, width); None: every image as large as it is
-    canvas: str  # "crop", "pad" or "squash"
+    canvas: str  # one of CANVASES
     channels: int  # 1 (gray) or 3
 
 
@@ -61,7 +62,7 @@ def decode_all(paths: Sequence[str], names: Sequence[str], target: Layout) -> De
     out: np.ndarray = np.empty((0, 0, 0, 0), np.uint8)
     first, count, lasting = "", 0, True
     bad: dict[int, str] = {}
-    pool = ThreadPoolExecutor(_cores())
+    pool = ThreadPoolExecutor(cores())
     with warnings.catch_warnings(), tqdm(total=len(paths), desc="reading images", unit="", disable=None) as bar:
         warnings.simplefilter("ignore")  # Pillow's, about odd but readable files
         try:
@@ -87,10 +88,14 @@ def fit(image: Image.Image, target: Layout) -> Image.Image:
 
     crop: the largest centred part with the target's proportions, resized. pad: resized to fit inside, the rest filled
     with the mean colour of the outermost pixels. squash: resized without regard to proportions. Bicubic, antialiased.
+    reflect, zeros: not resized, but cut around the centre where a side is longer, and continued on both sides where it
+    is shorter (the odd pixel at the end), by mirroring without the edge itself ([a, b] becomes [b, a, b, a]) or black.
     """
     if target.size is None or image.size == target.size[::-1]:
         return image
     height, width = target.size
+    if target.canvas in UNRESIZED:
+        return _unresized(image, target.size, "reflect" if target.canvas == "reflect" else "constant")
     if target.canvas == "squash":
         return image.resize((width, height), RESAMPLING)
     if target.canvas == "crop":
@@ -145,7 +150,7 @@ def _decode(path: str, target: Layout) -> np.ndarray:
     with Image.open(path, formats=FORMATS) as image:
         if max(image.size) > MAX_SIDE:
             raise ValueError(f"too large: {image.width}x{image.height} pixels")
-        if target.size is not None and image.format in ("JPEG", "MPO"):
+        if target.size is not None and target.canvas not in UNRESIZED and image.format in ("JPEG", "MPO"):
             _draft(image, target.size)
         image.load()  # the first frame where there are several
         upright = eight_bit(ImageOps.exif_transpose(image), target.channels)
@@ -158,6 +163,16 @@ def _draft(image: Image.Image, size: tuple[int, int]) -> None:
     needed = max(size) / min(image.size)  # holds for every canvas and every turn
     if 2 * needed < 1:
         image.draft(None, (int(2 * needed * image.width), int(2 * needed * image.height)))
+
+
+def _unresized(image: Image.Image, size: tuple[int, int], mode: Literal["reflect", "constant"]) -> Image.Image:
+    """The centre of an image, continued where it is smaller than (height, width)."""
+    pixels = np.asarray(image)
+    top, left = (max(0, have - want) // 2 for have, want in zip(pixels.shape, size, strict=False))
+    pixels = pixels[top : top + size[0], left : left + size[1]]
+    missing = [want - have for have, want in zip(pixels.shape, size, strict=False)]
+    around = [(lack // 2, lack - lack // 2) for lack in missing] + [(0, 0)] * (pixels.ndim - 2)
+    return Image.fromarray(np.pad(pixels, around, mode=mode))
 
 
 def _edge_colour(image: Image.Image) -> tuple[int, ...]:
@@ -173,6 +188,6 @@ def _first_line(error: Exception) -> str:
     return text[0][:100] if text else type(error).__name__
 
 
-def _cores() -> int:
+def cores() -> int:
     """The number of cores this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -2,7 +2,8 @@
 
 import os
 import unicodedata
-from pathlib import Path
+from collections.abc import Sequence
+from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
 from jaxsd.errors import UserError
@@ -49,6 +50,68 @@ def scan(root: Path, *, test: str | None = None) -> list[Entry]:
         entries += found
     _check_classes(root, entries)
     return entries
+
+
+def listed(root: Path, names: Sequence[str], of: str) -> list[Entry]:
+    """The files of a folder that a list names, in its order; of: the list, as errors name it.
+
+    Names are relative to the folder. One that is not found as it is written is looked for in another case and another
+    Unicode form, since lists and files come from different systems; the entry keeps the list's name.
+    Raises UserError where the list is empty, leaves the folder, or names a file that is missing or came before.
+    """
+    if not names:
+        raise UserError(f"{of} names no files: there is nothing to read")
+    for name in names:
+        if _place(name).is_absolute() or ".." in _place(name).parts:
+            raise UserError(f"{of} names {name}, which leads out of {root}: give names inside that folder")
+    paths = located(root, names)
+    missing = [name for name, path in zip(names, paths, strict=True) if path is None]
+    if missing:
+        more = f" and {len(missing) - 5} more" if len(missing) > 5 else ""
+        raise UserError(
+            f"{len(missing)} of {len(names)} files that {of} names are not in {root}: {', '.join(missing[:5])}{more}; "
+            "add them, or give the folder that has them"
+        )
+    first: dict[str, str] = {}
+    entries = []
+    for name, path in zip(names, filter(None, paths), strict=True):
+        if path in first:
+            raise UserError(f"{of} names the same file twice, {first[path]} and {name}: keep one of them")
+        first[path] = name
+        entries.append(Entry("train", None, str(_place(name)), path, _stamp(os.stat(path))))
+    return entries
+
+
+def located(root: Path, names: Sequence[str]) -> list[str | None]:
+    """The path of each file that is named as in `listed`; None for what is not in the folder."""
+    contents: dict[str, dict[str, str]] = {}
+    return [_find(str(root), _place(name).parts, contents) for name in names]
+
+
+def _place(name: str) -> PurePosixPath:
+    """A listed name, in Unicode's composed form."""
+    return PurePosixPath(unicodedata.normalize("NFC", name.replace("\\", "/")))
+
+
+def _find(root: str, parts: tuple[str, ...], contents: dict[str, dict[str, str]]) -> str | None:
+    """The path of a file below a folder; contents: what the folders seen so far hold."""
+    path = root
+    for part in parts:
+        if path not in contents:
+            contents[path] = _contents(path)
+        name = contents[path].get(part) or contents[path].get(part.casefold())
+        if name is None:
+            return None
+        path = os.path.join(path, name)
+    return path if os.path.isfile(path) else None
+
+
+def _contents(folder: str) -> dict[str, str]:
+    """What a folder holds: its names by their composed form, and by that in lower case where there is none so."""
+    if not os.path.isdir(folder):
+        return {}
+    names = {unicodedata.normalize("NFC", item.name): item.name for item in _visible(Path(folder))}
+    return {name.casefold(): names[name] for name in reversed(names)} | names
 
 
 def _split_folders(root: Path, test: str | None) -> dict[str, Path]:
@@ -144,5 +207,9 @@ def _entry(root: Path, split: str, category: str | None, item: os.DirEntry) -> E
         status = item.stat()
     except FileNotFoundError:
         status = item.stat(follow_symlinks=False)
-    stamp = (status.st_size, status.st_mtime_ns, status.st_ctime_ns)
-    return Entry(split, category, unicodedata.normalize("NFC", name), item.path, stamp)
+    return Entry(split, category, unicodedata.normalize("NFC", name), item.path, _stamp(status))
+
+
+def _stamp(status: os.stat_result) -> tuple[int, int, int]:
+    """Size and times of last change."""
+    return status.st_size, status.st_mtime_ns, status.st_ctime_ns

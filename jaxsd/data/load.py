@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from jaxsd.data.cache import decode_cached, default_folder
+from jaxsd.data.cache import read_images
 from jaxsd.data.decode import Decoded, Layout, fit, layout
 from jaxsd.data.files import Entry, scan
 from jaxsd.data.source import Source, Splits
@@ -15,7 +15,6 @@ from jaxsd.errors import UserError
 
 SPLIT_SEED = 0  # shares are carved off in the same way in every run
 TEST_SHARE = 0.2  # held out of a folder that has no test folder
-SHOWN = 20  # unreadable files named in an error
 
 
 def folder(
@@ -32,7 +31,8 @@ def folder(
     """Images in class folders, with or without a train / val / test level above; or a flat folder: unlabelled.
 
     size: pixels, or (height, width); None where all images have one size. canvas: "crop" (centre), "pad" (with the
-    mean colour of the edge) or "squash"; images that have the size already are untouched. channels: 3, or 1 for gray.
+    mean colour of the edge), "squash", or without resizing "reflect" or "zeros" (cut, or continued by mirroring or in
+    black); images that have the size already are untouched. channels: 3, or 1 for gray.
     JPEG, PNG, WebP, BMP, GIF, TIFF, PPM are read: turned upright, transparency on white, 16 bits scaled, first frame.
     validation, test: shares held out where there is no such folder, drawn per class, the same in every run; test may
     also name the folder to test on. test None: 0.2.
@@ -44,15 +44,9 @@ def folder(
         raise UserError("no image folder is given: give its path")
     root = Path(path).expanduser()
     target = layout(size, canvas, channels)
-    if on_bad_image not in ("error", "skip"):
-        raise UserError(f"on_bad_image must be 'error' or 'skip': got '{on_bad_image}'")
     entries = scan(root, test=test if isinstance(test, str) else None)
-    place = default_folder() if cache == "auto" else Path(cache).expanduser() if cache else None
-    decoded = decode_cached(root, entries, target, place)
-    skipped = tuple(f"{entries[position].name} ({reason})" for position, reason in decoded.bad.items())
-    if skipped and on_bad_image == "error":
-        raise UserError(_bad_images_text(root, skipped))
-    sources = _folder_sources(root, entries, decoded)
+    decoded, skipped = read_images(root, entries, target, on_bad_image=on_bad_image, cache=cache)
+    sources = by_split(root, entries, decoded)
     share = test if isinstance(test, float | int) else TEST_SHARE
     return _held_out(root.resolve().name, sources, validation, share, skipped)
 
@@ -116,6 +110,30 @@ def tfds(
             images, labels = _tfds_split(builder, notation, keys, target)
             sources[split] = Source(images, labels, classes)
     return _held_out(dataset, sources, 0.0 if isinstance(validation, str) else validation, 0.0, ())
+
+
+def by_split(root: Path, entries: list[Entry], decoded: Decoded) -> dict[str, Source]:
+    """A Source for every split that a folder has; its entries are in order, split after split.
+
+    Raises UserError where no image of the training split, of one of its classes, or of a whole split was read.
+    """
+    read = [entry for position, entry in enumerate(entries) if position not in decoded.bad]
+    lost = {(entry.split, entry.category) for entry in entries} - {(entry.split, entry.category) for entry in read}
+    for split, category in sorted(lost, key=str):
+        if split == "train" or not any(entry.split == split for entry in read):
+            what = f"no image of class '{category}'" if category else "no image"
+            raise UserError(f"{what} in the {split} split of {root} can be read: repair or remove it")
+    classes = tuple(sorted({entry.category for entry in read if entry.category is not None}))
+    number = {name: label for label, name in enumerate(classes)}
+    sources = {}
+    for split in ("train", "validation", "test"):
+        positions = [position for position, entry in enumerate(read) if entry.split == split]
+        if positions:
+            part = slice(positions[0], positions[-1] + 1)
+            names = tuple(entry.name for entry in read[part])
+            labels = np.array([number[entry.category or ""] for entry in read[part]]) if classes else None
+            sources[split] = Source(decoded.images[part], labels, classes, names)
+    return sources
 
 
 def _tfds_builder(name: str, data_dir: str | Path | None) -> Any:
@@ -202,36 +220,6 @@ def _checked_labels(what: str, labels: np.ndarray) -> np.ndarray:
     if labels.dtype.kind not in "iu" or not (labels.ndim == 1 or labels.shape[1:] == (1,)):
         raise UserError(f"{what} must be whole numbers [N] or [N, 1]: got {labels.dtype} {list(labels.shape)}")
     return labels.reshape(-1)
-
-
-def _bad_images_text(root: Path, skipped: tuple[str, ...]) -> str:
-    """One line that names the unreadable files."""
-    more = f" and {len(skipped) - SHOWN} more" if len(skipped) > SHOWN else ""
-    return (
-        f"{len(skipped)} images in {root} cannot be read: {', '.join(skipped[:SHOWN])}{more}; "
-        "repair or remove them, or leave them out with on_bad_image='skip'"
-    )
-
-
-def _folder_sources(root: Path, entries: list[Entry], decoded: Decoded) -> dict[str, Source]:
-    """A Source for every split that a folder has; its entries are in order, split after split."""
-    read = [entry for position, entry in enumerate(entries) if position not in decoded.bad]
-    lost = {(entry.split, entry.category) for entry in entries} - {(entry.split, entry.category) for entry in read}
-    for split, category in sorted(lost, key=str):
-        if split == "train" or not any(entry.split == split for entry in read):
-            what = f"no image of class '{category}'" if category else "no image"
-            raise UserError(f"{what} in the {split} split of {root} can be read: repair or remove it")
-    classes = tuple(sorted({entry.category for entry in read if entry.category is not None}))
-    number = {name: label for label, name in enumerate(classes)}
-    sources = {}
-    for split in ("train", "validation", "test"):
-        positions = [position for position, entry in enumerate(read) if entry.split == split]
-        if positions:
-            part = slice(positions[0], positions[-1] + 1)
-            names = tuple(entry.name for entry in read[part])
-            labels = np.array([number[entry.category or ""] for entry in read[part]]) if classes else None
-            sources[split] = Source(decoded.images[part], labels, classes, names)
-    return sources
 
 
 def _held_out(name: str, sources: dict[str, Source], validation: float, test: float, skipped: tuple) -> Splits:
