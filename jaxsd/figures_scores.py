@@ -51,7 +51,9 @@ def quality_map(
     colours = ScalarMappable(Normalize(low, high), "viridis")
     rows, columns = _layout(len(maps) + 1)
     high_picture = PICTURE * image.shape[0] / image.shape[1]
-    size = (columns * (PICTURE + SPACE) + BAR, rows * (high_picture + TITLE) + SPACE)
+    high_bar = rows * (high_picture + TITLE) - TITLE
+    label = _wrapped(unit, high_bar)
+    size = (columns * (PICTURE + SPACE) + BAR + LINE * label.count("\n"), high_bar + TITLE + SPACE)
     figure = _figure(size)
 
     def axes_at(cell: int) -> Any:
@@ -66,10 +68,10 @@ def quality_map(
         panel = axes_at(cell)
         show_picture(panel, _coloured(image, colours.to_rgba(values)[..., :3]))
         panel.set_title(f"{name}: mean {values.mean():.4g}", fontsize=TEXT)
-    left, high_bar = columns * (PICTURE + SPACE) + SPACE, size[1] - TITLE - SPACE
+    left = columns * (PICTURE + SPACE) + SPACE
     place = figure.add_axes((left / size[0], SPACE / size[1], 0.15 / size[0], high_bar / size[1]))
     bar = figure.colorbar(colours, cax=place)
-    bar.set_label(_wrapped(unit, high_bar), fontsize=TEXT)
+    bar.set_label(label, fontsize=TEXT)
     figure.savefig(path, dpi=DOTS)
 
 
@@ -119,7 +121,13 @@ def predicted_scores(
     entries = {
         label: handle for panel in panels for handle, label in zip(*panel.get_legend_handles_labels(), strict=True)
     }
-    style = {"fontsize": TEXT - 1, "frameon": False, "borderaxespad": 1, "markerscale": 1 if len(scores) <= MANY else 2}
+    style = {
+        "fontsize": TEXT - 1,
+        "frameon": False,
+        "borderaxespad": 0,
+        "borderpad": 0.8,
+        "markerscale": 1 if len(scores) <= MANY else 2,
+    }
     figure.legend(entries.values(), entries, loc="outside lower center", ncols=2 * columns, **style)
     figure.savefig(path, dpi=DOTS)
 
@@ -187,7 +195,7 @@ def _scatter_panels(headings: Sequence[str], unit: str, kinds: int) -> tuple[Any
     rows, columns = _layout(len(headings))
     across, up = _wrapped(f"predicted {unit}", PANEL), _wrapped(f"true {unit}", PANEL)
     lines = max(heading.count("\n") for heading in headings) + across.count("\n") + 2
-    high = rows * (PANEL + LINE * (lines + 1)) + LINE * -(-(kinds + 2) // (2 * columns))
+    high = rows * (PANEL + LINE * (lines + 1)) + LINE * (1 + math.ceil((kinds + 2) / (2 * columns)))
     wide = columns * (PANEL + 0.4) + LINE * (up.count("\n") + 1)
     figure, panels = _panels((wide, high), rows, columns, len(headings), layout="compressed")
     for index, (panel, heading) in enumerate(zip(panels, headings, strict=True)):

@@ -64,7 +64,37 @@ def lines_right(pixels):
     return int((np.diff(long, prepend=-10) > 3).sum()) // 2
 
 
-@pytest.mark.parametrize("arms", [1, 2, 4])
+def whole(pixels):
+    """Whether nothing touches the border of a file: no words are cut off there."""
+    inner = pixels[2:-2, 2:-2]
+    return pixels.sum() - inner.sum() == 765 * (pixels[..., 0].size - inner[..., 0].size)
+
+
+LONG = "mean opinion score, 0 to 100, higher is better"
+
+
+@pytest.mark.parametrize(("arms", "kinds"), [(1, 5), (2, 0), (5, 25)])
+def test_no_words_are_cut_off(tmp_path, arms, kinds):
+    true = np.linspace(-120, 110, 50)
+    names = [f"distortion {n % kinds}" for n in range(50)] if kinds else []
+    titles = {"an arm with a rather long name 0": "Pearson 0.9712, Spearman 0.9698, MAE 12.123"} if arms != 2 else None
+    arms, unit = {f"an arm with a rather long name {n}": true for n in range(arms)}, LONG if kinds else ""
+    predicted_scores(tmp_path / "scores.png", arms, true, unit=unit, kinds=names, titles=titles)
+    assert whole(pixels_of(tmp_path / "scores.png"))
+
+
+def test_no_words_of_the_other_figures_are_cut_off(tmp_path):
+    maps = {"32": 100 * HOT, "64": HOT}
+    for count, height in ((1, 40), (2, 15)):
+        quality_map(tmp_path / "map.png", WHITE[:height], dict(list(maps.items())[:count]), score=-112.34, unit=LONG)
+        assert whole(pixels_of(tmp_path / "map.png"))
+    for stages in (["32", "64"], ["patches of 32", "patches of 64", "whole images"]):
+        values = list(range(len(stages)))
+        metric_by_stage(tmp_path / "stages.png", stages, values, [None] * len(stages), metric="MAE", unit=LONG)
+        assert whole(pixels_of(tmp_path / "stages.png"))
+
+
+@pytest.mark.parametrize("arms", [1, 3])
 def test_each_arm_has_a_panel_and_each_kind_a_colour(tmp_path, arms):
     true = np.arange(40.0)
     kinds = ["blur"] * 30 + ["noise"] * 10
