@@ -2,7 +2,8 @@
 
 from jaxsd.models.catalogue import BACKBONES, build
 from jaxsd.models.convnet import NIN, AlexNetRotNet
+from jaxsd.models.patchnet import PatchNet
 from jaxsd.models.probe import LinearProbe
 from jaxsd.models.resnet import ResNet
 
-__all__ = ["BACKBONES", "NIN", "AlexNetRotNet", "LinearProbe", "ResNet", "build"]
+__all__ = ["BACKBONES", "NIN", "AlexNetRotNet", "LinearProbe", "PatchNet", "ResNet", "build"]

@@ -1,8 +1,9 @@
 """What the network families share: their common fields, a convolution with its norm, a dense layer, initialisers."""
 
+import itertools
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import flax.linen as nn
 import jax
@@ -14,6 +15,7 @@ from jaxsd.models.norm import BatchNorm
 from jaxsd.models.pool import global_average_pool
 
 Start = Callable[..., jax.Array]  # (key, shape, dtype) -> the first value of a parameter
+Part = Literal["all", "trunk", "rest"]  # what of a network a call runs
 
 
 def normal(deviation: float) -> Start:
@@ -42,6 +44,11 @@ def he_fan_out(key: jax.Array, shape: tuple[int, ...], dtype: Any = jnp.float32)
 def uniform_fan_in(key: jax.Array, shape: tuple[int, ...], dtype: Any = jnp.float32) -> jax.Array:
     """Kernels [.., C, features] uniform in +- 1 / sqrt(positions * C): PyTorch's default."""
     return uniform(math.prod(shape[:-1]) ** -0.5)(key, shape, dtype)
+
+
+def glorot(key: jax.Array, shape: tuple[int, ...], dtype: Any = jnp.float32) -> jax.Array:
+    """Kernels [D, features] uniform in +- sqrt(6 / (D + features)): Glorot & Bengio 2010."""
+    return uniform((6 / sum(shape)) ** 0.5)(key, shape, dtype)
 
 
 class Linear(nn.Module):
@@ -124,6 +131,11 @@ class Backbone(nn.Module):
         """The names of all top-level submodules, input first: what can be frozen or carried by name."""
         return (*self.blocks, *(("head",) if self.outputs else ()))
 
+    @property
+    def prefix(self) -> tuple[str, ...]:
+        """What `part="trunk"` runs: the leading parts, head apart, that are frozen; () if it cannot run in parts."""
+        return ()
+
     def trains(self, name: str, train: bool) -> bool:
         """Whether the part called `name` runs in training mode."""
         return train and name not in self.frozen
@@ -135,6 +147,60 @@ class Backbone(nn.Module):
 
     def ending(self, features: dict[str, jax.Array], x: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
         """Pools x [B, h, w, D] over space (or takes x [B, D] as it is), in float32, and applies the head."""
-        x = x.astype(jnp.float32)
-        x = self.shown(features, "pooled", global_average_pool(x) if x.ndim == 4 else x)
-        return (Linear(self.outputs, name="head")(x) if self.outputs else x), features
+        x = self.shown(features, "pooled", pooled(x))
+        return (self.head_layer()(x) if self.outputs else x), features
+
+    def head_layer(self) -> Linear:
+        """The layer behind the pooled features."""
+        return Linear(self.outputs, name="head")
+
+
+class Sequential(Backbone):
+    """A backbone whose parts run one after the other, so that it can also be run in two goes.
+
+    Called as `model(x, train, part)`. "all" runs everything. "trunk" runs only the `prefix`, on images, and gives (its
+    output, {}): an array [B, ...], the pooled features if all but the head is frozen. "rest" takes that for x and runs
+    the others: (outputs, features of the parts that it ran). Nothing random or trained stands before the rest, so the
+    trunk's output can be kept and used in every step. Initialise with "all": the variables belong to the whole.
+    """
+
+    @property
+    def prefix(self) -> tuple[str, ...]:
+        """The leading parts that are frozen, without a gap; the head is never one."""
+        return tuple(itertools.takewhile(self.frozen.__contains__, self.body))
+
+    @property
+    def body(self) -> tuple[str, ...]:
+        """All parts but the head."""
+        return tuple(name for name in self.parts if name != "head")
+
+    def run(self, name: str, x: jax.Array, train: bool, features: dict[str, jax.Array]) -> jax.Array:
+        """One part of the body, up to what the next one takes; notes its feature if it is a block."""
+        raise NotImplementedError
+
+    @nn.compact
+    def __call__(self, x: jax.Array, train: bool, part: Part = "all") -> tuple[jax.Array, dict[str, jax.Array]]:
+        """x: images [B, H, W, C], or the trunk's output for `part="rest"`; to (outputs, features), see Backbone."""
+        features: dict[str, jax.Array] = {}
+        cut = len(self.prefix)
+        names = {"all": self.body, "trunk": self.body[:cut], "rest": self.body[cut:]}[part]
+        if part != "rest":
+            x = x.astype(self.dtype)
+        for name in names:
+            x = self.run(name, x, self.trains(name, train), features)
+        if part == "trunk":
+            return (pooled(x) if cut == len(self.body) else x), {}
+        return self.ending(features, x)
+
+
+def pooled(x: jax.Array) -> jax.Array:
+    """x [B, h, w, D] averaged over space (or x [B, D] as it is), float32."""
+    x = x.astype(jnp.float32)
+    return global_average_pool(x) if x.ndim == 4 else x
+
+
+def grown(name: str, blocks: int, grow: int | None) -> int:
+    """How many of its blocks a network uses: the first `grow`, None for all. Raises UserError on any other number."""
+    if grow is not None and grow not in range(1, blocks + 1):
+        raise UserError(f"{name} has {blocks} blocks, so it cannot use the first {grow}: set grow= to 1 .. {blocks}")
+    return blocks if grow is None else grow

@@ -14,6 +14,7 @@ from jaxsd.errors import UserError
 from jaxsd.models.blocks import Backbone, Linear
 from jaxsd.models.conv import Conv
 from jaxsd.models.convnet import alexnet_rotnet, nin
+from jaxsd.models.patchnet import patchnet
 from jaxsd.models.resnet import resnet8, resnet18, resnet50
 
 BACKBONES: dict[str, Callable[..., Backbone]] = {
@@ -22,8 +23,9 @@ BACKBONES: dict[str, Callable[..., Backbone]] = {
     "resnet50": resnet50,
     "nin": nin,
     "alexnet_rotnet": alexnet_rotnet,
+    "patchnet": patchnet,
 }
-RESOLUTIONS = {"resnet8": 32, "resnet18": 224, "resnet50": 224, "nin": 32, "alexnet_rotnet": 224}
+RESOLUTIONS = {"resnet8": 32, "resnet18": 224, "resnet50": 224, "nin": 32, "alexnet_rotnet": 224, "patchnet": 512}
 DTYPES = ("float32", "bfloat16")
 
 

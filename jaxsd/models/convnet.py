@@ -10,7 +10,7 @@ import flax.linen as nn
 import jax
 
 from jaxsd.errors import UserError
-from jaxsd.models.blocks import Backbone, ConvNorm, Linear, uniform, uniform_fan_in
+from jaxsd.models.blocks import ConvNorm, Linear, Sequential, grown, uniform, uniform_fan_in
 from jaxsd.models.norm import BatchNorm
 from jaxsd.models.pool import adaptive_max_pool, average_pool, max_pool
 
@@ -34,7 +34,7 @@ class NinBlock(nn.Module):
         return self.pool(x, 3, 2, 1) if self.pool else x
 
 
-class NIN(Backbone):
+class NIN(Sequential):
     """Network in Network of `depth` blocks, global average, head; features are the blocks' outputs, after the pool.
 
     Blocks 1 and 2 halve the map (max and average pool); block 3 does so with `pool_block3`.
@@ -48,17 +48,15 @@ class NIN(Backbone):
         """("block1", .., up to the depth)."""
         return tuple(f"block{i + 1}" for i in range(self.depth))
 
-    @nn.compact
-    def __call__(self, images: jax.Array, train: bool) -> tuple[jax.Array, dict[str, jax.Array]]:
-        """images [B, H, W, C] to (outputs, features), see Backbone."""
-        features: dict[str, jax.Array] = {}
-        rest = ((192, 192, 192), 3, None)
-        third = ((192, 192, 192), 3, average_pool if self.pool_block3 else None)
-        plan = (((192, 160, 96), 5, max_pool), ((192, 192, 192), 5, average_pool), third, rest, rest)
-        x = images.astype(self.dtype)
-        for name, (widths, size, pool) in zip(self.blocks, plan, strict=False):
-            x = self.shown(features, name, NinBlock(widths, size, pool, name=name)(x, self.trains(name, train)))
-        return self.ending(features, x)
+    def run(self, name: str, x: jax.Array, train: bool, features: dict[str, jax.Array]) -> jax.Array:
+        """One block."""
+        third = average_pool if self.pool_block3 else None
+        widths, size, pool = {
+            "block1": ((192, 160, 96), 5, max_pool),
+            "block2": ((192, 192, 192), 5, average_pool),
+            "block3": ((192, 192, 192), 3, third),
+        }.get(name, ((192, 192, 192), 3, None))
+        return self.shown(features, name, NinBlock(widths, size, pool, name=name)(x, train))
 
 
 class DenseNorm(nn.Module):
@@ -72,7 +70,7 @@ class DenseNorm(nn.Module):
         return nn.relu(BatchNorm(name="norm")(Linear(self.features, use_bias=False, name="dense")(x), train))
 
 
-class AlexNetRotNet(Backbone):
+class AlexNetRotNet(Sequential):
     """AlexNet in one tower with batch norm after every layer, convolutions with bias, without dropout.
 
     Features are taken after the ReLU and before the pool; "pooled" is what the head reads, the output of "fc2".
@@ -93,32 +91,30 @@ class AlexNetRotNet(Backbone):
         """("block1", .., "block5", "fc1", "fc2", "head")."""
         return (*self.blocks, "fc1", "fc2", *super().parts[5:])
 
-    @nn.compact
-    def __call__(self, images: jax.Array, train: bool) -> tuple[jax.Array, dict[str, jax.Array]]:
-        """images [B, H, W, C] to (outputs, features), see Backbone."""
+    def run(self, name: str, x: jax.Array, train: bool, features: dict[str, jax.Array]) -> jax.Array:
+        """One convolution with the pool behind it (block 5: flattened), or one dense layer."""
+        if name in ("fc1", "fc2"):
+            return DenseNorm(4096, name=name)(x, train)
         least = 31 if self.adaptive_pool else 63
-        if min(images.shape[1:3]) < least:
-            raise UserError(f"alexnet_rotnet needs images of {least} pixels or more, got {images.shape[1:3]}")
-        features: dict[str, jax.Array] = {}
+        if name == "block1" and min(x.shape[1:3]) < least:
+            raise UserError(f"alexnet_rotnet needs images of {least} pixels or more, got {x.shape[1:3]}")
         plan = ((64, 11, 4, 2), (192, 5, 1, 2), (384, 3, 1, 1), (256, 3, 1, 1), (256, 3, 1, 1))
-        x = images.astype(self.dtype)
-        for name, (width, size, stride, padding) in zip(self.blocks, plan, strict=True):
-            bias = uniform((size * size * x.shape[-1]) ** -0.5)
-            layer = ConvNorm(
-                width, size, stride, padding, use_bias=True, kernel_init=uniform_fan_in, bias_init=bias, name=name
-            )
-            x = self.shown(features, name, layer(x, self.trains(name, train)))
-            if name in ("block1", "block2"):
-                x = max_pool(x, 3, 2)
-        x = adaptive_max_pool(x, 6) if self.adaptive_pool else max_pool(x, 3, 2)
-        x = x.reshape(x.shape[0], -1)
-        for name in ("fc1", "fc2"):
-            x = DenseNorm(4096, name=name)(x, self.trains(name, train))
-        return self.ending(features, x)
+        width, size, stride, padding = plan[self.blocks.index(name)]
+        bias = uniform((size * size * x.shape[-1]) ** -0.5)
+        layer = ConvNorm(
+            width, size, stride, padding, use_bias=True, kernel_init=uniform_fan_in, bias_init=bias, name=name
+        )
+        x = self.shown(features, name, layer(x, train))
+        if name in ("block1", "block2"):
+            return max_pool(x, 3, 2)
+        if name == "block5":
+            x = adaptive_max_pool(x, 6) if self.adaptive_pool else max_pool(x, 3, 2)
+            return x.reshape(x.shape[0], -1)
+        return x
 
 
-def nin(*, blocks: int = 4, pool_block3: bool = False, **common) -> NIN:
-    """Network in Network of 3, 4 or 5 blocks.
+def nin(*, blocks: int = 4, pool_block3: bool = False, grow: int | None = None, **common) -> NIN:
+    """Network in Network of 3, 4 or 5 blocks, or the first `grow` of them.
 
     `pool_block3` halves the map once more after block 3, for 4 or 5 blocks: the default of RotNet's code, which the
     four-block network of its paper turns off.
@@ -127,7 +123,7 @@ def nin(*, blocks: int = 4, pool_block3: bool = False, **common) -> NIN:
         raise UserError(f"nin has 3, 4 or 5 blocks, not {blocks}: set blocks=")
     if pool_block3 and blocks == 3:
         raise UserError("pool_block3 needs a block after the third: set blocks=4 or blocks=5")
-    return NIN(depth=blocks, pool_block3=pool_block3, **common)
+    return NIN(depth=grown("nin", blocks, grow), pool_block3=pool_block3, **common)
 
 
 def alexnet_rotnet(*, adaptive_pool: bool = False, **common) -> AlexNetRotNet:

@@ -52,20 +52,48 @@ def standardised(images: jax.Array, collections: Tree) -> jax.Array:
     return images
 
 
+def _variables(params: Tree, collections: Tree) -> Tree:
+    return {"params": params, **{k: v for k, v in collections.items() if k != STANDARDISE}}
+
+
+def has_trunk(model: nn.Module) -> bool:
+    """Whether a module begins with frozen parts that can be run alone: it has a `prefix` which is not empty."""
+    return bool(getattr(model, "prefix", ()))
+
+
+def trunk(model: nn.Module, params: Tree, collections: Tree, images: jax.Array) -> Tree:
+    """What the leading frozen parts of a module make of images [B, H, W, C]: an array [B, ...] or a dict of them.
+
+    For modules that `has_trunk`. It depends on nothing that training changes.
+    """
+    inputs = standardised(images, collections)
+    value, _ = cast(Any, model.apply(_variables(params, collections), inputs, False, "trunk"))
+    return value
+
+
 def forward(
-    model: nn.Module, params: Tree, collections: Tree, images: jax.Array, *, train: bool, key: jax.Array | None = None
+    model: nn.Module,
+    params: Tree,
+    collections: Tree,
+    images: jax.Array,
+    *,
+    train: bool,
+    key: jax.Array | None = None,
+    trunk: Tree | None = None,
 ) -> Forward:
     """Applies a module to images [B, H, W, C], uint8 or float32 in [0, 1].
 
     With `train` the batch statistics are used and their running values updated in the returned collections; without,
-    the collections come back unchanged. `key` feeds dropout and its like.
+    the collections come back unchanged. `key` feeds dropout and its like. Given `trunk`, what the function of that name
+    gave for these images, only the rest of the module runs: the images are not read, and the features are those of the
+    parts that ran.
     """
-    inputs = standardised(images, collections)
-    variables = {"params": params, **{k: v for k, v in collections.items() if k != STANDARDISE}}
+    variables = _variables(params, collections)
+    inputs, part = (standardised(images, collections), ()) if trunk is None else (trunk, ("rest",))
     rngs = None if key is None else {"dropout": key}
     if not train:
-        outputs, features = cast(Any, model.apply(variables, inputs, False, rngs=rngs))
+        outputs, features = cast(Any, model.apply(variables, inputs, False, *part, rngs=rngs))
         return Forward(outputs, features, collections)
     mutable = [name for name in variables if name != "params"]
-    (outputs, features), changed = cast(Any, model.apply(variables, inputs, True, rngs=rngs, mutable=mutable))
+    (outputs, features), changed = cast(Any, model.apply(variables, inputs, True, *part, rngs=rngs, mutable=mutable))
     return Forward(outputs, features, {**collections, **changed})

@@ -4,13 +4,13 @@ As torchvision's, parameter for parameter, with a choice of stem; resnet8 is the
 images (one basic block per stage, widths 16, 32, 64).
 """
 
-from typing import Literal
+from typing import Any, Literal
 
 import flax.linen as nn
 import jax
 
 from jaxsd.errors import UserError
-from jaxsd.models.blocks import Backbone, ConvNorm
+from jaxsd.models.blocks import ConvNorm, Sequential, grown
 from jaxsd.models.pool import max_pool
 
 Stem = Literal["cifar", "imagenet"]
@@ -59,7 +59,7 @@ class Stage(nn.Module):
         return x
 
 
-class ResNet(Backbone):
+class ResNet(Sequential):
     """Stem, one block per entry of `depths` (residual units) and `widths` (channels), global average, head.
 
     The "cifar" stem is a 3x3 convolution of stride 1, the "imagenet" stem a 7x7 of stride 2 and a 3x3 max pool of
@@ -82,45 +82,58 @@ class ResNet(Backbone):
         """("stem", "block1", .., "head")."""
         return ("stem", *super().parts)
 
-    @nn.compact
-    def __call__(self, images: jax.Array, train: bool) -> tuple[jax.Array, dict[str, jax.Array]]:
-        """images [B, H, W, C] to (outputs, features), see Backbone."""
-        features: dict[str, jax.Array] = {}
-        kernel, stride, padding = (3, 1, 1) if self.stem_kind == "cifar" else (7, 2, 3)
-        stem = ConvNorm(self.widths[0], kernel, stride, padding, name="stem")
-        x = stem(images.astype(self.dtype), self.trains("stem", train))
-        if self.stem_kind == "imagenet":
-            x = max_pool(x, 3, 2, 1)
-        for i, (name, depth, width) in enumerate(zip(self.blocks, self.depths, self.widths, strict=True)):
-            stage = Stage(depth, width, 2 if i else 1, self.bottleneck, self.zero_init_residual, name=name)
-            x = self.shown(features, name, stage(x, self.trains(name, train)))
-        return self.ending(features, x)
+    def run(self, name: str, x: jax.Array, train: bool, features: dict[str, jax.Array]) -> jax.Array:
+        """The stem with its pool, or one stage."""
+        if name == "stem":
+            kernel, stride, padding = (3, 1, 1) if self.stem_kind == "cifar" else (7, 2, 3)
+            x = ConvNorm(self.widths[0], kernel, stride, padding, name=name)(x, train)
+            return max_pool(x, 3, 2, 1) if self.stem_kind == "imagenet" else x
+        i = self.blocks.index(name)
+        stride = 2 if i else 1
+        stage = Stage(self.depths[i], self.widths[i], stride, self.bottleneck, self.zero_init_residual, name=name)
+        return self.shown(features, name, stage(x, train))
 
 
-def resnet8(*, zero_init_residual: bool = False, **common) -> ResNet:
-    """Three basic blocks of 16, 32 and 64 channels, always with the CIFAR stem: for images up to about 64 pixels."""
-    return ResNet(zero_init_residual=zero_init_residual, **common)
+def resnet8(*, grow: int | None = None, zero_init_residual: bool = False, **common) -> ResNet:
+    """Three basic blocks of 16, 32 and 64 channels, always with the CIFAR stem: for images up to about 64 pixels.
+
+    `grow`, in all of the family: only the stem and the first so many blocks, of the same names and shapes.
+    """
+    return ResNet(**_ladder("resnet8", (1, 1, 1), (16, 32, 64), grow), zero_init_residual=zero_init_residual, **common)
 
 
 def resnet18(
-    *, resolution: int | None = None, stem: Stem | None = None, zero_init_residual: bool = False, **common
+    *,
+    resolution: int | None = None,
+    stem: Stem | None = None,
+    grow: int | None = None,
+    zero_init_residual: bool = False,
+    **common,
 ) -> ResNet:
     """Eight basic blocks, 64 to 512 channels. The stem is chosen by `resolution` where it is not given."""
+    ladder = _ladder("resnet18", (2, 2, 2, 2), (64, 128, 256, 512), grow)
     kind = _stem("resnet18", resolution, stem)
-    return ResNet(
-        depths=(2, 2, 2, 2), widths=(64, 128, 256, 512), stem_kind=kind, zero_init_residual=zero_init_residual, **common
-    )
+    return ResNet(**ladder, stem_kind=kind, zero_init_residual=zero_init_residual, **common)
 
 
 def resnet50(
-    *, resolution: int | None = None, stem: Stem | None = None, zero_init_residual: bool = False, **common
+    *,
+    resolution: int | None = None,
+    stem: Stem | None = None,
+    grow: int | None = None,
+    zero_init_residual: bool = False,
+    **common,
 ) -> ResNet:
     """Sixteen bottlenecks, 256 to 2048 channels. The stem is chosen by `resolution` where it is not given."""
+    ladder = _ladder("resnet50", (3, 4, 6, 3), (64, 128, 256, 512), grow)
     kind = _stem("resnet50", resolution, stem)
-    return ResNet(
-        depths=(3, 4, 6, 3), widths=(64, 128, 256, 512), bottleneck=True, stem_kind=kind,
-        zero_init_residual=zero_init_residual, **common,
-    )  # fmt: skip
+    return ResNet(**ladder, bottleneck=True, stem_kind=kind, zero_init_residual=zero_init_residual, **common)
+
+
+def _ladder(name: str, depths: tuple[int, ...], widths: tuple[int, ...], grow: int | None) -> dict[str, Any]:
+    """The first `grow` of a network's stages."""
+    count = grown(name, len(depths), grow)
+    return {"depths": depths[:count], "widths": widths[:count]}
 
 
 def _stem(name: str, resolution: int | None, stem: str | None) -> Stem:

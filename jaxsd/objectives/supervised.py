@@ -6,8 +6,7 @@ import jax.numpy as jnp
 import optax
 
 from jaxsd.errors import UserError
-from jaxsd.models.forward import forward, initialise
-from jaxsd.objectives.objective import Batch, Objective, Tree, masked_mean
+from jaxsd.objectives.objective import Batch, Objective, judged
 
 CONVENTIONS = ("uniform", "others")
 
@@ -32,28 +31,17 @@ def smoothed_cross_entropy(logits: jax.Array, labels: jax.Array, smoothing: floa
 def supervised(model: nn.Module, *, label_smoothing: float = 0.0, convention: str = "uniform") -> Objective:
     """Cross-entropy of the module's outputs against `batch["label"]`; the metric is accuracy.
 
-    A module that returns a dict of outputs (the linear probes on every block) is trained on the sum of their losses:
-    they share no trained parameter, so each learns as if it were alone; metrics are then named accuracy_<block>.
-    Raises UserError for a smoothing outside [0, 1) or an unknown convention.
+    For modules with several outputs see `judged`. Raises UserError for a smoothing outside [0, 1) or an unknown
+    convention.
     """
     if not 0 <= label_smoothing < 1:
         raise UserError(f"label_smoothing must be in [0, 1), got {label_smoothing}")
     if convention not in CONVENTIONS:
         raise UserError(f"unknown label smoothing convention {convention!r}: one of {', '.join(CONVENTIONS)}")
 
-    def init(key: jax.Array, batch: Batch) -> tuple[Tree, Tree]:
-        params, collections = initialise(model, key, batch["image"])
-        return params, {"model": collections}
+    def judge(logits: jax.Array, batch: Batch) -> tuple[jax.Array, dict[str, jax.Array]]:
+        labels = batch["label"]
+        right = (jnp.argmax(logits, -1) == labels).astype(jnp.float32)
+        return smoothed_cross_entropy(logits, labels, label_smoothing, convention), {"accuracy": right}
 
-    def loss(params: Tree, extra: Tree, batch: Batch, key: jax.Array, train: bool = True):
-        result = forward(model, params, extra["model"], batch["image"], train=train, key=key)
-        labels, mask = batch["label"], batch["mask"]
-        heads = result.outputs if isinstance(result.outputs, dict) else {"": result.outputs}
-        total, metrics = jnp.zeros(()), {}
-        for name, logits in heads.items():
-            total += masked_mean(smoothed_cross_entropy(logits, labels, label_smoothing, convention), mask)
-            right = (jnp.argmax(logits, -1) == labels).astype(jnp.float32)
-            metrics["accuracy" + (f"_{name}" if name else "")] = masked_mean(right, mask)
-        return total, (metrics, {**extra, "model": result.collections})
-
-    return Objective(init, loss)
+    return judged(model, judge)
