@@ -9,10 +9,10 @@ ROOT = Path(__file__).parents[1]
 
 # The files of each folder, in order: a file imports only files before it.
 FOLDERS = {
-    "data": ("source", "split", "embedded", "files", "decode", "cache", "load", "scored", "published", "batches"),
+    "data": ("source", "split", "embedded", "files", "decode", "cache", "quality", "load", "scored", "published", "batches"),
     "views": ("pixels", "view", "augment"),
-    "models": ("conv", "norm", "pool", "forward", "blocks", "convnet", "resnet", "probe", "catalogue", "__main__"),
-    "objectives": ("objective", "supervised", "rotation"),
+    "models": ("conv", "norm", "pool", "forward", "blocks", "convnet", "resnet", "patchnet", "probe", "catalogue", "__main__"),
+    "objectives": ("objective", "supervised", "regression", "rotation"),
     "train": ("schedule", "optimiser", "state", "step", "checkpoint", "loop"),
     "evaluate": ("metrics", "features", "probes", "cam"),
 }

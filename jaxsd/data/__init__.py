@@ -3,6 +3,7 @@
 from jaxsd.data.embedded import digits, mnist5k, photos
 from jaxsd.data.load import arrays, folder, tfds
 from jaxsd.data.published import indoor67, kadid, koniq, live, live_itw, tid2013
+from jaxsd.data.quality import photos_quality
 from jaxsd.data.scored import table
 from jaxsd.data.source import Source, Splits, describe, standardisation
 from jaxsd.data.split import carve, duplicates, subset
@@ -23,6 +24,7 @@ __all__ = [
     "live_itw",
     "mnist5k",
     "photos",
+    "photos_quality",
     "standardisation",
     "subset",
     "table",

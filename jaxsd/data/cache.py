@@ -107,7 +107,7 @@ def _write(path: Path, key: str, arrays: Mapping[str, np.ndarray]) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile(dir=path.parent, prefix=".", suffix=".npz", delete=False) as file:
             temporary = Path(file.name)
-            np.savez(file, key=np.array(key), **dict(arrays))
+            np.savez(file, **{"key": np.array(key), **arrays})  # type: ignore[arg-type]
         temporary.replace(path)
     except OSError as error:
         logging.getLogger(__name__).warning("images are not cached: %s", error)

@@ -59,12 +59,17 @@ def photos(*, size: int = 32, train_per_class: int = 200, test_per_class: int = 
     return Splits("photos", train, None, test)
 
 
+def photograph(name: str) -> Image.Image:
+    """One of `PHOTOS`, whole, as RGB."""
+    with Image.open(_package_file(*PHOTOS[name])) as image:
+        return image.convert("RGB")
+
+
 def _photo_crops(split: str, size: int, per_class: int) -> Source:
     """The crops of one half of every photograph."""
     images, names = [], []
-    for label, (name, (package, path)) in enumerate(PHOTOS.items()):
-        with Image.open(_package_file(package, path)) as photograph:
-            half = _half(photograph.convert("RGB"), split)
+    for label, name in enumerate(PHOTOS):
+        half = _half(photograph(name), split)
         window = max(size, min(half.size) // 2)
         columns, rows = half.width - window + 1, half.height - window + 1
         if size < 1 or not 1 <= per_class <= rows * columns or window > min(half.size):
@@ -78,12 +83,12 @@ def _photo_crops(split: str, size: int, per_class: int) -> Source:
     return Source(np.stack(images), np.repeat(np.arange(len(PHOTOS)), per_class), tuple(PHOTOS), tuple(names))
 
 
-def _half(photograph: Image.Image, split: str) -> Image.Image:
+def _half(image: Image.Image, split: str) -> Image.Image:
     """The left or upper half for training, the other for testing; cut across the longer side."""
-    width, height = photograph.size
+    width, height = image.size
     if width >= height:
-        return photograph.crop((0, 0, width // 2, height) if split == "train" else (width // 2, 0, width, height))
-    return photograph.crop((0, 0, width, height // 2) if split == "train" else (0, height // 2, width, height))
+        return image.crop((0, 0, width // 2, height) if split == "train" else (width // 2, 0, width, height))
+    return image.crop((0, 0, width, height // 2) if split == "train" else (0, height // 2, width, height))
 
 
 def _digit_splits(name: str, table: np.ndarray, side: int, test: int, validation: float) -> Splits:
