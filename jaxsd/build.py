@@ -8,9 +8,10 @@ from typing import Any
 
 from jaxsd import data, models
 from jaxsd.data.source import Source, Splits
-from jaxsd.data.split import subset
+from jaxsd.data.split import split, subset
 from jaxsd.errors import UserError
 from jaxsd.models.probe import LinearProbe
+from jaxsd.objectives.regression import regression
 from jaxsd.objectives.rotation import TURNS, rotation
 from jaxsd.objectives.supervised import supervised
 from jaxsd.recipe import EVALUATIONS, Recipe
@@ -22,6 +23,7 @@ DATA = {
     "mnist5k": data.mnist5k,
     "digits": data.digits,
     "photos": data.photos,
+    "photos_quality": data.photos_quality,
     "folder": data.folder,
     "arrays": data.arrays,
     "tfds": data.tfds,
@@ -33,7 +35,13 @@ DATA = {
     "tid2013": data.tid2013,
     "indoor67": data.indoor67,
 }
-VIEWS = {"scale": view.scale, "stretch": view.stretch, "gray": view.gray, "harris": view.harris}
+VIEWS = {
+    "scale": view.scale,
+    "stretch": view.stretch,
+    "gray": view.gray,
+    "harris": view.harris,
+    "patches": view.patches,
+}
 AUGMENTS = {
     "pad_crop": augment.pad_crop,
     "flip_horizontal": augment.flip_horizontal,
@@ -43,6 +51,7 @@ AUGMENTS = {
 OBJECTIVES = {
     "rotation": (rotation, lambda classes, turns=TURNS, **_: len(turns)),
     "supervised": (supervised, lambda classes, **_: classes),
+    "regression": (regression, lambda classes, **_: 1),
 }
 OPTIMISERS = {"sgd": optimiser.sgd, "adam": optimiser.adam, "adamw": optimiser.adamw, "lars": optimiser.lars}
 SCHEDULES = {"constant": schedule.constant, "steps": schedule.steps, "cosine": schedule.cosine}
@@ -50,10 +59,11 @@ SCHEDULES = {"constant": schedule.constant, "steps": schedule.steps, "cosine": s
 AMOUNTS = ("labels", "subsets")
 STAGE_KEYS = (
     "objective", "optimiser", "schedule", "epochs", "batch_size", "on", "view", "augment", "epoch_images", "drop_last",
-    "match", "fresh", "freeze", "model",
+    "match", "fresh", "freeze", "model", "trunk", "average", "best_test",
 )  # fmt: skip
+BESIDE = ("trunk", "average", "best_test")
 CONFIG_KEYS = (
-    "name", "preset", "data", "pretext_data", "inputs", "subsets", "labels", "model", "stages", "arms", "probe",
+    "name", "preset", "data", "pretext_data", "inputs", "splits", "subsets", "labels", "model", "stages", "arms", "probe",
     "evaluations", "seeds", "baseline", "attention", "save_seconds",
 )  # fmt: skip
 
@@ -82,18 +92,22 @@ def _has_pretext(spec: Config | None) -> bool:
     return spec is not None and (spec["name"] != "folder" or spec.get("path") is not None)
 
 
-def recipe(config: Config, shape: tuple[int, int, int] = (32, 32, 3), classes: int = 10) -> Recipe:
+def recipe(
+    config: Config, shape: tuple[int, int, int] = (32, 32, 3), classes: int = 10, *, scored: bool = False
+) -> Recipe:
     """The recipe that a config (as a plain dict) describes, for images of a shape [H, W, C] and so many classes.
+
+    scored: the images have scores, or labels after all, so that the downstream part can be trained.
 
     Raises UserError at anything that the functions named in it would not take; no data are read.
     """
     try:
-        return _recipe(config, shape, classes)
+        return _recipe(config, shape, classes, bool(classes) or scored)
     except (TypeError, ValueError, AttributeError, KeyError) as error:  # a value of the wrong kind, somewhere inside
         raise UserError(f"the config has a value that does not fit ({type(error).__name__}: {error})") from error
 
 
-def _recipe(config: Config, shape: tuple[int, int, int], classes: int) -> Recipe:
+def _recipe(config: Config, shape: tuple[int, int, int], classes: int, labelled: bool) -> Recipe:
     _known(config, CONFIG_KEYS, "config")
     if not config["seeds"] or not all(isinstance(seed, int) and seed >= 0 for seed in config["seeds"]):
         raise UserError(f"seeds must be whole numbers such as (0, 1, 2), got {config['seeds']!r}")
@@ -114,7 +128,7 @@ def _recipe(config: Config, shape: tuple[int, int, int], classes: int) -> Recipe
         for stage in arm:
             _pick(stages, stage, f"arm {name!r}: stage")
     arms = {name: tuple(stages[stage] for stage in arm) for name, arm in config["arms"].items()}
-    if not classes:  # nothing is labelled: what is left is the pretext part
+    if not labelled:  # nothing is labelled: what is left is the pretext part
         cut = {name: tuple(stage for stage in arm if not stage.downstream) for name, arm in arms.items()}
         arms = {name: arm for name, arm in cut.items() if arm}
     used = {stage.name: stage for arm in arms.values() for stage in arm}
@@ -136,10 +150,18 @@ def _recipe(config: Config, shape: tuple[int, int, int], classes: int) -> Recipe
         evaluations=tuple(config["evaluations"]),
         baseline=baseline if baseline in arms else next(iter(arms)),
         seeds=tuple(config["seeds"]),
+        splits=_splits(config.get("splits") or {}),
         inputs={name: view.compose(*(_view(part) for part in parts)) for name, parts in config["inputs"].items()},
         **amounts,
         probes=probes,
     )
+
+
+def _splits(parts: Config) -> Config:
+    """Arguments of data.split.split by name."""
+    for name, part in parts.items():
+        _check(split, part, f"splits {name!r}", given=("source", "seed"))
+    return {name: dict(part) for name, part in parts.items()}
 
 
 def _like(stages: Config, name: str) -> Config:
@@ -203,9 +225,9 @@ class _Builder:
         for key in ("epochs", "batch_size"):
             if not isinstance(part.get(key, 1), int) or part.get(key, 1) < 1:
                 raise UserError(f"{where}: {key} must be a whole number of 1 or more, got {part[key]!r}")
-        names = ("on", "batch_size", "epoch_images", "drop_last", "match", "fresh", "freeze")
+        names = ("on", "batch_size", "epoch_images", "drop_last", "match", "fresh", "freeze", *BESIDE)
         plain = {k: part[k] for k in names if k in part}
-        spec = {k: v for k, v in part.items() if k not in ("epochs", "match", "on")}
+        spec = {k: v for k, v in part.items() if k not in ("epochs", "match", "on", "trunk", "average")}
         return Stage(
             name=name,
             model=model,

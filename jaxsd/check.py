@@ -1,4 +1,9 @@
-"""`python -m jaxsd.check resume --config=... [--kills=N]`: does a run that is killed end as one that is not?
+"""`python -m jaxsd.check data --config=... [--out=FOLDER]`: what is in the data, what is wrong with them?
+
+Prints counts per split and class, copies, scores and scenes, and writes images.png; trains nothing. Exit status 0, or 2
+where a run would stop with an error.
+
+`python -m jaxsd.check resume --config=... [--kills=N]`: does a run that is killed end as one that is not?
 
 Runs the config straight, then again with SIGKILL at N random moments spread over its progress, restarting it each time,
 and compares weights bit by bit and metrics.jsonl line by line. Further flags go to jaxsd.main.
@@ -24,19 +29,37 @@ TIME_FIELDS = ("seconds", "images/s")
 
 
 def main(argv: Sequence[str]) -> int:
-    """Runs the check; returns the exit status: 0 equal, 1 different, 2 wrong use."""
-    parser = argparse.ArgumentParser(prog="python -m jaxsd.check", description=__doc__, add_help=True)
+    """Runs the check; returns the exit status: 0 fine or equal, 1 different, 2 wrong use or wrong data."""
+    layout = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(prog="python -m jaxsd.check", description=__doc__, formatter_class=layout)
     commands = parser.add_subparsers(dest="command", required=True)
+    data = commands.add_parser("data", help="what is in the data of a config")
+    data.add_argument("--config", required=True)
+    data.add_argument("--out", help="folder for images.png; default runs/check-NAME")
     resume = commands.add_parser("resume", help="a run killed N times against a straight one")
     resume.add_argument("--config", required=True)
     resume.add_argument("--kills", type=int, default=5)
     resume.add_argument("--random", type=int, default=0, help="seed of the moments")
     options, rest = parser.parse_known_args(argv)
     try:
+        if options.command == "data":
+            return _data(options.config, options.out, rest)
         return check_resume(options.config, options.kills, options.random, rest)
     except (UserError, RunError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2 if isinstance(error, UserError) else 1
+
+
+def _data(config: str, out: str | None, flags: Sequence[str]) -> int:
+    """Checks the data of a config with overrides."""
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")
+    from jaxsd.main import parse
+
+    parsed = parse(["jaxsd.check", f"--config={config}", *flags])
+    from jaxsd.check_data import check_data  # loads jax, so after what can be wrong before
+
+    name = parsed["name"] + (f"-{parsed['preset']}" if parsed["preset"] else "")
+    return check_data(parsed, Path(out or Path("runs", f"check-{name}")))
 
 
 def check_resume(config: str, kills: int, seed: int, flags: Sequence[str]) -> int:
@@ -105,8 +128,15 @@ def _kill_along(command: Sequence[str], workdir: Path, kills: int, seed: int, to
 
 
 def compare(straight: Path, killed: Path) -> list[str]:
-    """What differs between two workdirs: weights bit by bit, metrics.jsonl and summary apart from times."""
-    lines = []
+    """What differs between two workdirs: weights bit by bit; metrics.jsonl, transfer.json, evaluations, summary.
+
+    Times do not count, nor do the logs.
+    """
+    lines = [f"only in one of both: {name}" for name in sorted(_files(straight) ^ _files(killed))]
+    for name in sorted(_files(straight) & _files(killed)):
+        if name.endswith(("transfer.json", "stage.json")) or name.startswith(("evaluations", "subsets")):
+            if (straight / name).read_bytes() != (killed / name).read_bytes():
+                lines.append(name)
     for done in sorted(straight.glob("stages/**/done.json")):
         stage = done.parent.relative_to(straight)
         if not (killed / stage / "done.json").exists():
@@ -116,6 +146,11 @@ def compare(straight: Path, killed: Path) -> list[str]:
     if _values(straight) != _values(killed):
         lines.append("summary.json: the rows differ")
     return lines
+
+
+def _files(workdir: Path) -> set[str]:
+    """The JSON files that runs write, but for their logs."""
+    return {str(path.relative_to(workdir)) for path in workdir.rglob("*.json") if "checkpoints" not in path.parts}
 
 
 def _compare_weights(stage: Path, straight: Path, killed: Path) -> list[str]:

@@ -3,18 +3,18 @@
 import os
 import platform
 import signal
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
 
-from jaxsd import __version__, build, figures, report, tuning
+from jaxsd import __version__, build, pictures, report, tuning
 from jaxsd.data.source import Source, Splits, describe
-from jaxsd.data.split import duplicates
+from jaxsd.data.split import duplicates, shared_groups, split
 from jaxsd.errors import UserError
-from jaxsd.measure import attention, attention_images, measure
-from jaxsd.recipe import Cell, Experiment
+from jaxsd.measure import measure
+from jaxsd.recipe import Experiment
 from jaxsd.train.loop import Stop
 from jaxsd.workdir import fingerprint, log, start_log, write_json
 
@@ -51,11 +51,14 @@ def run(
     splits = build.load(config)
     log.info("%s", describe(splits))
     pretext = build.load_pretext(config, splits)
-    copies = leaks(splits, pretext)
+    scored = splits.train.scores is not None
+    recipe = build.recipe(config, splits.train.shape, len(splits.train.classes), scored=scored)
+    parted = {name: part(splits, way, recipe.seeds[0]) for name, way in recipe.splits.items()} or {None: splits}
+    copies, shared = leaks(parted, pretext), shared_scenes(parted)
     if copies:
-        log.warning("%d test images are pixel-equal to training images: accuracies will be too good", copies)
-    classes = len(splits.train.classes)
-    recipe = build.recipe(config, splits.train.shape, classes)
+        log.warning("%d test images are pixel-equal to training images: results will be too good", copies)
+    for line in shared:
+        log.warning("%s", line)
     experiment = Experiment(recipe, splits, workdir, pretext=pretext, stop=stop, save_seconds=config["save_seconds"])
     cells = list(experiment.cells(only))
     missing = experiment.check(cells, reuse=reuse)
@@ -65,21 +68,47 @@ def run(
         experiment.train(cell)
         rows += measure(experiment, cell)
         experiment.look()
-    summary = heading(config, recipe.baseline, splits, pretext, copies)
+    summary = heading(config, recipe.baseline, next(iter(parted.values())), pretext, copies)
     summary["rows"] = report.aggregate(rows, baseline=recipe.baseline)
+    summary["notes"] += shared + report.gaps(summary["rows"])
+    known = report.load(workdir) if not missing and (workdir / "summary.json").exists() else {}
+    names = known.get("pictures", ())
+    if not known or not all((workdir / name).exists() for name in names):
+        names = pictures.draw(experiment, cells, rows, summary, maps=config["attention"])
+    summary["pictures"] = list(names)
     report.write(workdir, summary)
-    picture = workdir / "attention.png"
-    if config["attention"] and splits.test is not None and (missing or not picture.exists()):
-        draw_attention(experiment, cells, picture)
     print(report.table(summary))
     return summary
 
 
-def leaks(splits: Splits, pretext: Source | None) -> int | None:
-    """How many test images are pixel-equal to one that something is trained on; None without test images."""
-    if splits.test is None:
-        return None
-    return duplicates(splits.train, splits.test) + (duplicates(pretext, splits.test) if pretext is not None else 0)
+def part(splits: Splits, way: Config, seed: int) -> Splits:
+    """All images parted as a recipe's split says."""
+    train, test = split(splits.train, **way, seed=seed)
+    return splits._replace(train=splits.train.take(train), validation=None, test=splits.train.take(test))
+
+
+def leaks(parted: Mapping[str | None, Splits], pretext: Source | None) -> int | None:
+    """How many test images are pixel-equal to one that something is trained on; None without test images.
+
+    Of several splits the most.
+    """
+    counts = [
+        duplicates(splits.train, splits.test) + (duplicates(pretext, splits.test) if pretext is not None else 0)
+        for splits in parted.values()
+        if splits.test is not None
+    ]
+    return max(counts, default=None)
+
+
+def shared_scenes(parted: Mapping[str | None, Splits]) -> list[str]:
+    """A line for each split with scenes on both sides."""
+    lines = []
+    for name, splits in parted.items():
+        count = shared_groups(splits.train, splits.test) if splits.test is not None else 0
+        if count:
+            of = f"{count} of {len(splits.test or ())} test images show a scene that is also trained on"
+            lines.append(f"split {name}: {of}, so its results are too good")
+    return lines
 
 
 def heading(
@@ -109,6 +138,7 @@ def heading(
             "validation": len(splits.validation or ()),
             "test": len(test or ()),
             "classes": len(train.classes),
+            "score": splits.score or None,
             "fingerprint": fingerprint(parts),
             "duplicates_train_test": copies,
         },
@@ -117,23 +147,13 @@ def heading(
     }
 
 
-def draw_attention(experiment: Experiment, cells: list[Cell], path: Path) -> None:
-    """Grad-CAM of the first three blocks, pretext arms side by side on the same test images (ScaleNet, Figure 3)."""
-    first = [cell for cell in cells if cell[1:] == cells[0][1:]]
-    found = {cell.arm: maps for cell in first if (maps := attention(experiment, cell)) is not None}
-    if found:
-        images = attention_images(experiment, cells[0])
-        figures.attention_figure(path, images, found)
-        log.info("attention maps of the pretext networks: %s", path)
-
-
 def protocol(config: Config, splits: Splits) -> str:
     """The line under the table: data, network, labelled images, what the intervals are, device."""
     sizes = [(len(part), name) for part, name in zip(splits[1:4], ("train", "validation", "test"), strict=True) if part]
     seeds = ", ".join(str(seed) for seed in config["seeds"])
     parts = [
         f"{splits.name}: {', '.join(f'{count:,} {name}' for count, name in sizes)} images, "
-        f"{len(splits.train.classes)} classes",
+        + (splits.score or f"{len(splits.train.classes)} classes"),
         config["model"]["name"],
         *(f"labels {name}: {_amount(part)}" for name, part in config["labels"].items()),
         *(f"{name} images: {_amount(part)}" for name, part in config["subsets"].items()),

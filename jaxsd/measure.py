@@ -6,14 +6,17 @@ from typing import Any
 import numpy as np
 
 from jaxsd.data.source import Source
+from jaxsd.evaluate.answers import averaged
 from jaxsd.evaluate.cam import grad_cam
 from jaxsd.evaluate.features import block_features, predict
 from jaxsd.evaluate.metrics import classification, per_class
-from jaxsd.evaluate.probes import knn, ridge
+from jaxsd.evaluate.probes import knn, ridge, ridge_regression
+from jaxsd.evaluate.regression import per_kind, regression, undefined
+from jaxsd.evaluate.statistics import image_statistics
 from jaxsd.recipe import Cell, Experiment
 from jaxsd.stage import Run, data_of, done
 from jaxsd.train.loop import evaluate
-from jaxsd.workdir import fingerprint, read_json, write_json
+from jaxsd.workdir import Journal, fingerprint, read_json, write_json
 
 Rows = list[dict[str, Any]]
 SHOWN = 4  # images in the attention figure
@@ -30,7 +33,8 @@ def measure(experiment: Experiment, cell: Cell) -> Rows:
 
 def _place(cell: Cell) -> dict[str, Any]:
     """The cell's place in the grid, as the beginning of a row."""
-    return {"arm": cell.arm, "input": cell.input, "labels": cell.labels, "seed": cell.seed}
+    place = {"arm": cell.arm, "input": cell.input, "labels": cell.labels, "seed": cell.seed}
+    return place if cell.split is None else {**place, "split": cell.split}
 
 
 def _budget(experiment: Experiment, runs: Sequence[Run]) -> dict[str, Any]:
@@ -56,7 +60,7 @@ def _pretext_runs(experiment: Experiment, cell: Cell) -> list[Run]:
 
 
 def _test(experiment: Experiment, cell: Cell) -> Source | None:
-    return experiment.viewed(cell.input).splits.test
+    return experiment.viewed(cell).splits.test
 
 
 def pretext(experiment: Experiment, cell: Cell) -> Rows:
@@ -68,7 +72,8 @@ def pretext(experiment: Experiment, cell: Cell) -> Rows:
 
     def compute() -> Rows:
         trained = experiment.trained(cell, runs)
-        found = evaluate(stage.objective, trained.params, trained.extra, data_of(stage.view(test)))
+        viewed = stage.view(test)
+        found = evaluate(stage.objective, trained.params, trained.extra, data_of(viewed), grid=viewed.grid)
         return [_row(k, v, len(test)) for k, v in found.items() if k.startswith("accuracy")]
 
     what = ["pretext", runs[-1].fingerprint(), test.fingerprint()]
@@ -76,8 +81,10 @@ def pretext(experiment: Experiment, cell: Cell) -> Rows:
 
 
 def finetune(experiment: Experiment, cell: Cell) -> Rows:
-    """Accuracy of the arm's last stage on the test images: overall, balanced, and per class."""
+    """What the arm's last stage is worth on the test images: accuracy (overall, balanced, per class), or its scores."""
     runs = experiment.runs(cell)
+    if not runs:
+        return _without_network(experiment, cell)
     return _predicted("finetune", experiment, cell, runs) if runs[-1].stage.downstream else []
 
 
@@ -91,22 +98,68 @@ def probe(experiment: Experiment, cell: Cell) -> Rows:
 def _predicted(name: str, experiment: Experiment, cell: Cell, runs: list[Run]) -> Rows:
     """What the outputs of the last run are worth on the test images; for a dict of outputs, the accuracy of each."""
     stage, test = runs[-1].stage, _test(experiment, cell)
-    if test is None or test.labels is None:
+    if test is None or (test.labels is None and test.scores is None):
         return []
-    labels, classes = test.labels, test.classes
 
     def compute() -> Rows:
-        trained = experiment.trained(cell, runs)
-        outputs = predict(stage.model, trained.params, trained.extra["model"], stage.view(test).images)
+        trained, viewed = experiment.trained(cell, runs), stage.view(test)
+        collections = trained.extra["model"]
+        outputs = predict(stage.model, trained.params, collections, viewed.images, grid=viewed.grid)
         if isinstance(outputs, dict):
-            found = {block: classification(scores, labels, classes) for block, scores in outputs.items()}
+            found = {block: classification(scores, test.labels, test.classes) for block, scores in outputs.items()}
             return [_row("accuracy", metrics["accuracy"], len(test), block) for block, metrics in found.items()]
-        rows = [_row(k, v, len(test)) for k, v in classification(outputs, labels, classes).items()]
-        rows[0]["per_class"] = per_class(outputs.argmax(-1), labels, classes)
+        answers = averaged(outputs, viewed.patches, stage.average)
+        rows = _judged(answers * stage.objective.scale, test)
+        if viewed.patches > 1 and test.scores is None:
+            alone = classification(outputs, np.repeat(test.labels, viewed.patches), test.classes)["accuracy"]
+            rows.append(_row("patch_accuracy", alone, len(viewed)))
+        if stage.best_test:
+            rows.append(_best(experiment, runs[-1], test))
         return rows
 
-    what = [name, runs[-1].fingerprint(), test.fingerprint()]
+    what = [name, runs[-1].fingerprint(), test.fingerprint(), stage.average, stage.best_test]
     return [{**row, **_budget(experiment, runs)} for row in _cached(experiment, what, compute)]
+
+
+def _judged(answers: np.ndarray, test: Source) -> Rows:
+    """Answers [N, K] for test images against their labels, or [N, 1] against their scores."""
+    if test.scores is None:
+        rows = [_row(k, v, len(test)) for k, v in classification(answers, test.labels, test.classes).items()]
+        rows[0]["per_class"] = per_class(answers.argmax(-1), test.labels, test.classes)
+        return rows
+    predictions = answers[:, 0]
+    rows = [_row(k, v, len(test)) for k, v in regression(predictions, test.scores).items()]
+    reason = undefined(predictions, test.scores)
+    rows = [row if row["value"] is not None else {**row, "undefined": reason or "the fit failed"} for row in rows]
+    if test.kinds:
+        rows[0]["per_kind"] = per_kind(predictions, test.scores, test.kinds)
+    rows[0]["predictions"], rows[0]["scores"] = predictions.tolist(), test.scores.tolist()
+    return rows
+
+
+def _best(experiment: Experiment, run: Run, test: Source) -> dict[str, Any]:
+    """The best epoch by the test images, as some papers choose it."""
+    metric = "accuracy" if test.scores is None else "mae"
+    entries = Journal(run.folder(experiment.workdir) / "metrics.jsonl").of("test")
+    pick = max if metric == "accuracy" else min
+    return {**_row(f"best_{metric}", pick(entry[metric] for entry in entries), len(test)), "chosen_on_test": True}
+
+
+def _without_network(experiment: Experiment, cell: Cell) -> Rows:
+    """Ridge on hand-made statistics of the images: what is reached without a network."""
+    train, train_print = experiment.given(cell, "labelled")
+    test = _test(experiment, cell)
+    if test is None:
+        return []
+
+    def compute() -> Rows:
+        here, there = image_statistics(train.images), image_statistics(test.images)
+        if test.scores is not None:
+            return _judged(ridge_regression(here, train.scores, there)[:, None], test)
+        return _judged(ridge(here, train.labels, there, classes=test.classes).scores, test)
+
+    rows = _cached(experiment, ["statistics", train_print, test.fingerprint()], compute)
+    return [{**row, "images": len(train), "pixels": 0, "seconds": 0.0} for row in rows]
 
 
 def _on_features(name: str, classify: Callable[..., np.ndarray]) -> Callable[[Experiment, Cell], Rows]:
@@ -119,7 +172,7 @@ def _on_features(name: str, classify: Callable[..., np.ndarray]) -> Callable[[Ex
         stage = runs[-1].stage if runs else experiment.runs(cell)[-1].stage
         train, train_print = experiment.given(cell, "labelled")
         train_labels, labels, classes = train.labels, test.labels, test.classes
-        standard = [part.tolist() for part in experiment.viewed(cell.input).standard]
+        standard = [part.tolist() for part in experiment.viewed(cell).standard]
         start = runs[-1].fingerprint() if runs else fingerprint(["untrained", stage.spec, cell.seed, standard])
 
         def features() -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:

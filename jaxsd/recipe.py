@@ -4,6 +4,7 @@ An arm is a path of stages; what two arms begin with in common is trained once.
 """
 
 import dataclasses
+import itertools
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -11,10 +12,13 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from jaxsd.data.source import Source, Splits, standardisation
-from jaxsd.data.split import subset
+from jaxsd.data.split import split, subset
 from jaxsd.errors import Stopped, UserError
+from jaxsd.evaluate.answers import averaged
+from jaxsd.evaluate.features import predict
 from jaxsd.stage import Run, Stage, Trained, check_folder, check_names, done, drawn, restore, run_stage
 from jaxsd.train.loop import Stop
+from jaxsd.train.state import State, merge
 from jaxsd.views.view import View, compose
 from jaxsd.workdir import log, write_json
 
@@ -26,10 +30,12 @@ KEPT = 4  # trained networks kept in memory for the stages that follow
 class Recipe:
     """What is compared with what.
 
-    arms: name -> stages from the root; the first stage on "labelled" images starts the downstream part.
+    arms: name -> stages from the root; the first stage on "labelled" images starts the downstream part. An arm without
+        stages is what is reached without a network, from hand-made statistics of the images.
     inputs: name -> view of all images, training and test alike.
     subsets: name -> arguments of data.split.subset, for the stages that name it; labels: the same for the "labelled"
         images, each for a comparison of its own. Drawn anew for every seed.
+    splits: name -> arguments of data.split.split, drawn anew for every seed from all images; none: the data's own split.
     probes: arm -> frozen stage (linear probes on every block) run after the arm's pretext part.
     evaluations: any of EVALUATIONS.
     """
@@ -42,6 +48,7 @@ class Recipe:
     inputs: Mapping[str, View] = dataclasses.field(default_factory=lambda: {"original": compose()})
     subsets: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=lambda: {"unlabelled": {}})
     labels: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=lambda: {"all": {}})
+    splits: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict)
     probes: Mapping[str, Stage] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self):
@@ -53,12 +60,13 @@ class Recipe:
 
 
 class Cell(NamedTuple):
-    """One arm under one input, one labelled subset and one seed."""
+    """One arm under one input, one labelled subset, one seed and one way of splitting (None: the data's own)."""
 
     arm: str
     input: str
     labels: str
     seed: int
+    split: str | None = None
 
 
 class Viewed(NamedTuple):
@@ -87,34 +95,55 @@ class Experiment:
     ):
         self.recipe, self.splits, self.workdir, self.pretext = recipe, splits, Path(workdir), pretext
         self.stop, self.save_seconds = stop or Stop(), save_seconds
-        self._viewed: dict[str, Viewed] = {}
+        self._pools: dict[str, Viewed] = {}
+        self._viewed: dict[tuple, Viewed] = {}
         self._subsets: dict[tuple, tuple[Source, str]] = {}
         self._trained: dict[str, Trained] = {}  # by fingerprint, oldest first
         self._last: tuple[tuple, Any] | None = None
 
     def cells(self, only: tuple[str, ...] = ()) -> Iterator[Cell]:
         """Every cell, seeds outermost: after each seed all arms can be compared."""
+        ways: tuple[str | None, ...] = tuple(self.recipe.splits) or (None,)
         for seed in self.recipe.seeds:
-            for name in self.recipe.inputs:
-                for labels in self.recipe.labels:
-                    yield from (Cell(arm, name, labels, seed) for arm in self.recipe.arms if not only or arm in only)
+            for name, way, labels in itertools.product(self.recipe.inputs, ways, self.recipe.labels):
+                yield from (Cell(arm, name, labels, seed, way) for arm in self.recipe.arms if not only or arm in only)
 
-    def viewed(self, name: str) -> Viewed:
-        """The data under an input."""
-        if name not in self._viewed:
+    def viewed(self, cell: Cell) -> Viewed:
+        """The data under an input, as the cell's seed and way of splitting part it."""
+        if cell.split is None:
+            return self._pool(cell.input)
+        key = (cell.input, cell.split, cell.seed)
+        if key not in self._viewed:
+            pool, way = self._pool(cell.input), self.recipe.splits[cell.split]
+            train, test = split(pool.splits.train, **way, seed=cell.seed)
+            name = f"{cell.split}-seed{cell.seed}"
+            write_json(
+                self.workdir / "subsets" / f"splits-{name}.json", {"train": train.tolist(), "test": test.tolist()}
+            )
+            parts = pool.splits.train.take(train), None, pool.splits.train.take(test)
+            splits = pool.splits._replace(**dict(zip(("train", "validation", "test"), parts, strict=True)))
+            pretext = pool.pretext if self.pretext is not None else splits.train
+            self._viewed = {kept: value for kept, value in self._viewed.items() if kept[-1] == cell.seed}
+            self._viewed[key] = Viewed(splits, pretext, standardisation(splits.train))
+        return self._viewed[key]
+
+    def _pool(self, name: str) -> Viewed:
+        """All data under an input."""
+        if name not in self._pools:
             view, splits = self.recipe.inputs[name], self.splits
             rest = (view(part) if part is not None else None for part in (splits.validation, splits.test))
-            splits = Splits(splits.name, view(splits.train), *rest, skipped=splits.skipped)
+            train, (validation, test) = view(splits.train), rest
+            splits = splits._replace(train=train, validation=validation, test=test)
             pretext = view(self.pretext) if self.pretext is not None else splits.train
-            self._viewed[name] = Viewed(splits, pretext, standardisation(splits.train))
-        return self._viewed[name]
+            self._pools[name] = Viewed(splits, pretext, standardisation(splits.train))
+        return self._pools[name]
 
     def given(self, cell: Cell, on: str) -> tuple[Source, str]:
         """The images that a stage of the cell sees, and their fingerprint."""
         labelled = on == "labelled"
-        key = (cell.input, on, cell.labels if labelled else None, cell.seed)
+        key = (cell.input, cell.split, on, cell.labels if labelled else None, cell.seed)
         if key not in self._subsets:
-            viewed = self.viewed(cell.input)
+            viewed = self.viewed(cell)
             pool = viewed.splits.train if labelled else viewed.pretext
             kind, name = ("labels", cell.labels) if labelled else ("subsets", on)
             try:
@@ -122,7 +151,8 @@ class Experiment:
             except UserError as error:
                 raise UserError(f"{kind} {name!r}: {error}; see --config.{kind}.{name}") from error
             source = pool if len(rows) == len(pool) else pool.take(rows)
-            write_json(self.workdir / "subsets" / f"{kind}-{name}-seed{cell.seed}.json", rows.tolist())
+            place = "-".join([*([cell.split] if cell.split else []), f"{kind}-{name}-seed{cell.seed}.json"])
+            write_json(self.workdir / "subsets" / place, rows.tolist())
             self._subsets = {kept: value for kept, value in self._subsets.items() if kept[-1] == cell.seed}
             self._subsets[key] = (source, source.fingerprint())
         return self._subsets[key]
@@ -132,7 +162,7 @@ class Experiment:
         stages = list(self.recipe.arms[cell.arm])
         if probe:
             stages = [stage for stage in stages if not stage.downstream] + [self.recipe.probes[cell.arm]]
-        path, forked = [cell.input], False
+        path, forked = [cell.input, *([cell.split] if cell.split else [])], False
         runs: list[Run] = []
         for stage in stages:
             if stage.on == "labelled" and not forked:
@@ -141,7 +171,7 @@ class Experiment:
             path.append(stage.name)
             parent = runs[-1].fingerprint() if runs else None
             stage = self._matched(stage, cell)
-            data, standard = self.given(cell, stage.on)[1], self.viewed(cell.input).standard
+            data, standard = self.given(cell, stage.on)[1], self.viewed(cell).standard
             runs.append(Run(stage, tuple(path), cell.seed, data, parent, standard))
         return runs
 
@@ -160,8 +190,9 @@ class Experiment:
 
     def _pixels(self, stage: Stage, cell: Cell, epochs: int) -> float:
         source, _ = self.given(cell, stage.on)
-        height, width, _ = stage.view(source.take([0])).shape
-        return stage.pixels(len(source), (height, width), epochs)
+        one = stage.view(source.take([0]))
+        height, width, _ = one.shape
+        return stage.pixels(len(source) * len(one), (height, width), epochs)
 
     def trained(self, cell: Cell, runs: list[Run]) -> Trained:
         """The weights at the end of a path of runs: from memory, from disk, or trained now."""
@@ -178,7 +209,8 @@ class Experiment:
                     source,
                     parent=self.trained(cell, runs[:-1]) if len(runs) > 1 else None,
                     workdir=self.workdir,
-                    validation=self.viewed(cell.input).splits.validation,
+                    validation=self.viewed(cell).splits.validation,
+                    test=self._on_test(cell, run.stage) if run.stage.best_test else None,
                     stop=self.stop,
                     save_seconds=self.save_seconds,
                 )
@@ -186,6 +218,23 @@ class Experiment:
                 self._trained.pop(next(iter(self._trained)))
             self._trained[name] = value
         return self._trained[name]
+
+    def _on_test(self, cell: Cell, stage: Stage) -> Callable[[State], dict[str, float]] | None:
+        """Accuracy or mean absolute error on the test images, for papers that choose the best epoch by them."""
+        test = self.viewed(cell).splits.test
+        if test is None:
+            return None
+        viewed = stage.view(test)
+
+        def check(state: State) -> dict[str, float]:
+            params, collections = merge(state.params, state.frozen), state.extra["model"]
+            outputs = predict(stage.model, params, collections, viewed.images, grid=viewed.grid)
+            answers = averaged(outputs, viewed.patches, stage.average)
+            if test.scores is not None:
+                return {"mae": float(np.abs(answers[:, 0] * stage.objective.scale - test.scores).mean())}
+            return {"accuracy": float((answers.argmax(-1) == test.labels).mean())}
+
+        return check
 
     def look(self) -> None:
         """Raises Stopped after a signal; what is running looks for itself."""
@@ -198,7 +247,7 @@ class Experiment:
         if self._probes(cell):
             paths.append(self.runs(cell, probe=True))
         for runs in paths:
-            if done(runs[-1], self.workdir) is None:
+            if runs and done(runs[-1], self.workdir) is None:
                 self.trained(cell, runs)
 
     def _probes(self, cell: Cell) -> bool:
@@ -207,7 +256,7 @@ class Experiment:
     def untrained(self, cell: Cell, stage: Stage) -> Trained:
         """The network of a stage as it is drawn, before any training: what learned features are compared with."""
         source, _ = self.given(cell, stage.on)
-        run = Run(stage, ("untrained",), cell.seed, "", None, self.viewed(cell.input).standard)
+        run = Run(stage, ("untrained",), cell.seed, "", None, self.viewed(cell).standard)
         return drawn(run, source)
 
     def remembered(self, what: tuple, compute: Callable[[], Any]) -> Any:

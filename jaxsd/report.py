@@ -23,7 +23,7 @@ Row = dict[str, Any]
 Key = tuple[str, str | None, str]  # evaluation, block, metric
 
 WIDTH = 110  # columns of a printed line
-GROUP = ("input", "labels")  # what is compared only within itself
+GROUP = ("input", "labels", "split")  # what is compared only within itself
 EVALUATIONS = ("pretext", "knn", "ridge", "probe", "finetune")  # as shown; the last that there is gives the answer
 WORST = 20  # classes listed at most
 FRACTIONS = ("accuracy", "balanced_accuracy")  # shown in per cent
@@ -35,7 +35,8 @@ def aggregate(rows: Iterable[Row], *, baseline: str | None) -> list[Row]:
     """Gathers the seeds of each (arm, input, labels, evaluation, block, metric), in order of first appearance.
 
     rows: one dict per seed, {"arm", "input", "labels", "seed", "evaluation", "block", "metric", "value", "n", "images",
-        "pixels", "seconds"}, and where it applies "chosen_on_test": True and "per_class": [{"class", "n", "accuracy"}].
+        "pixels", "seconds"}, and where it applies "split", "chosen_on_test": True, "undefined" (why the value is None)
+        and "per_class": [{"class", "n", "accuracy"}].
     Returns one dict for each: those six, "seeds", "values" in order of seeds, "mean", "ci95" (Student-t, null for one
     seed), "difference" {"to", "mean", "ci95"} paired over the seeds that this arm and the baseline share (null for the
     baseline itself and where it has none), "images", "pixels", "seconds" (means over seeds), "chosen_on_test", and
@@ -45,7 +46,7 @@ def aggregate(rows: Iterable[Row], *, baseline: str | None) -> list[Row]:
     """
     gathered: dict[tuple, dict[int, Row]] = {}
     for row in rows:
-        key = tuple(row[name] for name in ("arm", *GROUP, "evaluation", "block", "metric"))
+        key = tuple(row.get(name) for name in ("arm", *GROUP, "evaluation", "block", "metric"))
         seeds = gathered.setdefault(key, {})
         if row["seed"] in seeds:
             name = " ".join(str(part) for part in key if part is not None)
@@ -71,7 +72,10 @@ def _summary(key: tuple, seeds: dict[int, Row], baseline: str | None, others: di
     summary["chosen_on_test"] = any(row.get("chosen_on_test", False) for row in seeds.values())
     if None in values:
         lost = ", ".join(str(seed) for seed, value in zip(order, values, strict=True) if value is None)
-        summary["undefined"] = f"not finite in seed {lost}"
+        reasons = {
+            seeds[seed].get("undefined", "not finite") for seed in order if _finite(seeds[seed]["value"]) is None
+        }
+        summary["undefined"] = f"{' and '.join(sorted(reasons))} in seed {lost}"
     if all(row.get("per_class") for row in seeds.values()):
         summary["per_class"] = _mean_per_class(part for seed in order for part in seeds[seed]["per_class"])
     return summary
@@ -87,6 +91,26 @@ def interval(values: Sequence[float | None]) -> tuple[float | None, list[float] 
         return mean, None
     half = float(stdtrit(n - 1, 0.975)) * float(np.std(known, ddof=1)) / math.sqrt(n)
     return mean, [mean - half, mean + half]
+
+
+def gaps(rows: Sequence[Row]) -> list[str]:
+    """What a split by image gains over one by scene, arm by arm: the leak, in words; [] without both."""
+    ways = list(dict.fromkeys(row.get("split") for row in rows))
+    if len(ways) != 2:
+        return []
+    found = {
+        (row["split"], row["arm"], row["input"], row["labels"], row["evaluation"], row["metric"]): row for row in rows
+    }
+    lines = []
+    for metric in ("spearman", "accuracy"):
+        parts = []
+        for key, row in found.items():
+            other = found.get((ways[1], *key[1:]))
+            if key[0] == ways[0] and key[-1] == metric and other and None not in (row["mean"], other["mean"]):
+                parts.append(f"{row['arm']} {_number(other['mean'] - row['mean'], metric, sign='+')}")
+        if parts:
+            lines.append(f"{metric} of split {ways[1]} minus that of {ways[0]}: {', '.join(dict.fromkeys(parts))}")
+    return lines
 
 
 def _finite(value: Any) -> float | None:
@@ -160,6 +184,8 @@ def table(summary: Row, *, markdown: bool = False) -> str:
             parts.append(("### " if markdown else "") + ", ".join(named))
         parts += _group(rows, summary["baseline"], markdown)
     parts.append(_wrapped(summary.get("protocol") or protocol(summary), markdown))
+    if markdown and summary.get("pictures"):
+        parts += [f"![{Path(name).stem}]({name})" for name in summary["pictures"]]
     if notes := "\n".join(_wrapped(note, markdown, "- ") for note in _notes(summary)):
         parts.append(("**Notes**\n\n" if markdown else "Notes\n") + notes)
     return "\n\n".join(parts) + "\n"
@@ -168,7 +194,7 @@ def table(summary: Row, *, markdown: bool = False) -> str:
 def _grouped(rows: Iterable[Row]) -> dict[tuple, list[Row]]:
     groups: dict[tuple, list[Row]] = {}
     for row in rows:
-        groups.setdefault(tuple(row[name] for name in GROUP), []).append(row)
+        groups.setdefault(tuple(row.get(name) for name in GROUP), []).append(row)
     return groups
 
 

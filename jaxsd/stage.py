@@ -19,7 +19,7 @@ from jaxsd.data.source import Source
 from jaxsd.errors import RunError, Stopped, UserError
 from jaxsd.models.forward import STANDARDISE
 from jaxsd.objectives.objective import Objective
-from jaxsd.train import loop
+from jaxsd.train import loop, trunk
 from jaxsd.train.checkpoint import Checkpoints, restore_model
 from jaxsd.train.schedule import Schedule
 from jaxsd.train.state import State, carry, create, merge
@@ -28,6 +28,7 @@ from jaxsd.views.view import compose
 from jaxsd.workdir import Journal, differences, fingerprint, locked, log, read_json, write_json
 
 Tree = Any
+Check = Callable[[State], dict[str, float]]
 WEIGHTS_FORMAT = 2  # raised when the same stage would no longer give the same weights or the same files
 
 
@@ -41,6 +42,10 @@ class Stage:
     match: names of stages whose pixels, summed, this stage is to show: `epochs` and the schedule are stretched.
     fresh: modules that start anew instead of coming from the stage before; under: the submodule which takes the
         stage before as a whole; freeze: modules without gradient (the model itself must run them in inference mode).
+    trunk: where the frozen trunk's features are kept once computed, one of train.trunk.PLACES; "never": the trunk runs
+        in every step. Nothing is kept where images are augmented: then there is nothing fixed to keep.
+    average: how the answers for the patches of an image become one: "probability", "logits" or "vote".
+    best_test: also report the best epoch by the test images, as some papers do; such rows are marked.
     spec: the same as a JSON value, for the fingerprint: network, objective, optimiser, augmentations and whatever else
         decides the weights. Needed where a run is written to a workdir.
     """
@@ -61,6 +66,9 @@ class Stage:
     fresh: tuple[str, ...] = ()
     under: str = ""
     freeze: tuple[str, ...] = ()
+    trunk: str = "auto"
+    average: str = "probability"
+    best_test: bool = False
     spec: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -135,8 +143,15 @@ class Trained(NamedTuple):
 
 def data_of(source: Source) -> dict[str, np.ndarray]:
     """A source as the loop takes it; unlabelled images get label 0, which no pretext task reads."""
-    labels = source.labels if source.labels is not None else np.zeros(len(source), np.int32)
-    return {"image": source.images, "label": labels}
+    count = len(source.images)
+    data = {"image": source.images, "label": source.labels if source.labels is not None else np.zeros(count, np.int32)}
+    return data if source.scores is None else {**data, "score": source.scores}
+
+
+def sample_of(source: Source) -> np.ndarray:
+    """One image, or one patch, uint8 [1, H, W, C]: the shape that a network is shown."""
+    height, width, _ = source.shape
+    return source.images[:1, :height, :width]
 
 
 def start(
@@ -144,7 +159,7 @@ def start(
 ) -> tuple[State, list[dict]]:
     """The state that a stage begins with, and where each of its tensors came from."""
     init_key, run_key = jax.random.split(key)
-    params, extra = stage.objective.init(init_key, {"image": source.images[:1]})
+    params, extra = stage.objective.init(init_key, {"image": sample_of(source)})
     target = {"params": params, **{k: v for k, v in extra["model"].items() if k != STANDARDISE}}
     if parent is None:
         lines = [
@@ -209,17 +224,19 @@ def run_stage(
     parent: Trained | None = None,
     workdir: Path | None = None,
     validation: Source | None = None,
+    test: Check | None = None,
     stop: loop.Stop | None = None,
     save_seconds: float = 60.0,
 ) -> Trained:
     """Trains a stage on a source (before its view), or goes on where it was stopped; returns the weights.
 
+    test: what is measured on the test images after each epoch, where the best epoch is asked for as well.
     With a workdir everything is written to the run's folder, done.json last.
     Raises UserError where a tensor of the parent has no place or is missing.
     """
     stop = stop or loop.Stop()
     if workdir is None:
-        return _train(run, source, parent, validation, loop.Watch(stop=stop), None)
+        return _train(run, source, parent, (validation, test), loop.Watch(stop=stop), None)
     if not run.stage.spec:
         raise UserError(f"stage {run.stage.name!r}: give a spec, by which its weights are known again in a workdir")
     folder = run.folder(workdir)
@@ -236,7 +253,7 @@ def run_stage(
         events = Path(workdir, "events", *run.path, f"seed{run.seed}")
         watch.on_epoch = tensorboard(events)
         try:
-            return _train(run, source, parent, validation, watch, folder)
+            return _train(run, source, parent, (validation, test), watch, folder)
         finally:
             checkpoints.close()
 
@@ -245,11 +262,11 @@ def _train(
     run: Run,
     source: Source,
     parent: Trained | None,
-    validation: Source | None,
+    checks: tuple[Source | None, Check | None],
     watch: loop.Watch,
     folder: Path | None,
 ) -> Trained:
-    stage = run.stage
+    stage, (validation, test) = run.stage, checks
     viewed = stage.view(source)
     state, lines = start(stage, run.key(), viewed, run.standard, parent)
     # Not the run's own key: arms that are paired by seed see the same images in the same order.
@@ -258,13 +275,47 @@ def _train(
     _say_beginning(watch.where, stage, viewed, plan)
     log.debug("%s: trained parameters\n%s", watch.where, get_parameter_overview(state.params, include_stats=False))
     if validation is not None:
-        watch.validate = _validation(stage, data_of(stage.view(validation)))
+        watch.checks["validation"] = _validation(stage, validation)
+    if test is not None:
+        watch.checks["test"] = test
     if folder is not None:
         write_json(folder / "transfer.json", lines)
-    state = loop.run(state, data_of(viewed), plan, stage.objective, stage.optimiser, stage.augment, watch=watch)
+    data = data_of(viewed)
+    known = _trunk(run, state, data, viewed, watch, folder)
+    if known is not None and known.features is not None:
+        data["trunk"] = known.features
+    options = {"grid": viewed.grid, "feed": known.feed if known is not None else None, "watch": watch}
+    state = loop.run(state, data, plan, stage.objective, stage.optimiser, stage.augment, **options)
     if folder is not None and watch.journal is not None:
         write_json(folder / "done.json", _record(run, viewed, watch.journal, plan))
+        trunk.clear(folder / "trunk")
     return Trained(merge(state.params, state.frozen), state.extra)
+
+
+def _trunk(
+    run: Run, state: State, data: dict[str, np.ndarray], viewed: Source, watch: loop.Watch, folder: Path | None
+) -> trunk.Trunk | None:
+    """The features of the stage's frozen trunk, where it has one and nothing random comes before it."""
+    stage = run.stage
+    if stage.trunk == "never" or stage.augment is not None or stage.objective.trunk is None:
+        return None
+    prefix = set(getattr(stage.model, "prefix", ()))
+    if not prefix or not prefix <= set(stage.freeze):
+        return None
+    known = trunk.compute(
+        stage.objective,
+        merge(state.params, state.frozen),
+        state.extra,
+        data,
+        grid=viewed.grid,
+        place=stage.trunk,
+        folder=folder / "trunk" if folder is not None else None,
+        stamp=run.fingerprint(),
+        stop=watch.stop,
+        where=watch.where,
+    )
+    watch.spent = known.seconds
+    return known
 
 
 def tensorboard(folder: Path) -> Callable[[dict[str, Any]], None]:
@@ -292,7 +343,7 @@ def _wait(stop: loop.Stop, folder: Path) -> None:
 
 def restore(run: Run, source: Source, workdir: Path) -> Trained:
     """The weights of a finished run; RunError where they are damaged, after which the run counts as unfinished."""
-    like = jax.eval_shape(run.stage.objective.init, run.key(), {"image": run.stage.view(source.take([0])).images})
+    like = jax.eval_shape(run.stage.objective.init, run.key(), {"image": sample_of(run.stage.view(source.take([0])))})
     try:
         model = restore_model(run.folder(workdir) / "checkpoints", {"params": like[0], "extra": like[1]})
     except RunError as error:
@@ -301,8 +352,10 @@ def restore(run: Run, source: Source, workdir: Path) -> Trained:
     return Trained(model["params"], model["extra"])
 
 
-def _validation(stage: Stage, data: dict[str, np.ndarray]) -> Callable[[State], dict[str, float]]:
-    return lambda state: loop.evaluate(stage.objective, merge(state.params, state.frozen), state.extra, data)
+def _validation(stage: Stage, source: Source) -> Check:
+    viewed = stage.view(source)
+    data, grid = data_of(viewed), viewed.grid
+    return lambda state: loop.evaluate(stage.objective, merge(state.params, state.frozen), state.extra, data, grid=grid)
 
 
 def _record(run: Run, viewed: Source, journal: Journal, plan: loop.Plan) -> dict[str, Any]:
@@ -320,7 +373,8 @@ def _record(run: Run, viewed: Source, journal: Journal, plan: loop.Plan) -> dict
 
 def _say_beginning(where: str, stage: Stage, viewed: Source, plan: loop.Plan) -> None:
     height, width, _ = viewed.shape
-    shown = f"{len(viewed)} images of {height}x{width}, batch {plan.batch_size}"
+    what = f"images of {height}x{width}" if viewed.grid is None else f"patches of {height}x{width}"
+    shown = f"{len(viewed)} {what}, batch {plan.batch_size}"
     log.info("%s: %d epochs of %s", where, stage.epochs, shown)
     if plan.batch_size < stage.batch_size:
         log.warning("%s: fewer images than a batch: batch size %d, not %d", where, plan.batch_size, stage.batch_size)

@@ -96,10 +96,14 @@ class Journal:
         temporary.write_text("".join(kept))
         os.replace(temporary, self.path)
 
+    def of(self, split: str) -> list[dict[str, Any]]:
+        """All objects of a split."""
+        entries = [json.loads(line) for line in self.path.read_text().splitlines()] if self.path.exists() else []
+        return [entry for entry in entries if entry["split"] == split]
+
     def last(self, split: str = "train") -> dict[str, Any] | None:
         """The newest object of a split."""
-        entries = [json.loads(line) for line in self.path.read_text().splitlines()] if self.path.exists() else []
-        return next((entry for entry in reversed(entries) if entry["split"] == split), None)
+        return next(iter(self.of(split)[-1:]), None)
 
     def write(self, entry: dict[str, Any]) -> None:
         """Appends one object."""

@@ -6,17 +6,20 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from small import Small
 
 from jaxsd import build
 from jaxsd.data import Source, Splits
 from jaxsd.errors import UserError
 from jaxsd.main import plain
+from jaxsd.models import catalogue
 from jaxsd.recipe import Cell, Experiment
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 PRESETS = {
     "scalenet": (None, "tiny", "folder", "photos", "cifar10", "cifar10_limited", "imagenet_subset"),
     "rotnet": (None, "tiny", "folder", "cifar10"),
+    "patches": (None, "tiny", "live", "live_itw", "koniq", "indoor67", "folder", "scores", "rotation_then_patches"),
 }
 MADE = {}
 EACH = [(name, preset) for name, presets in PRESETS.items() for preset in presets]
@@ -27,21 +30,29 @@ def config_of(name, preset):
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     config = plain(module.get_config(preset))
-    if config["data"]["name"] == "folder":
+    if "path" in config["data"]:
         config["data"]["path"] = "/a/folder"
     return config
 
 
 def shrunk(config):
-    """One step per stage: one epoch of eight images, and the smallest residual network for the largest."""
-    if config["model"]["name"] == "resnet50":
-        config["model"] = {"name": "resnet8"}
+    """One step per stage: one epoch of eight images, and the smallest network in place of a residual one."""
+    if config["model"]["name"].startswith("resnet"):
+        config["model"] = {"name": "small"}
     for stage in (*config["stages"].values(), *([config["probe"]] if config["probe"] else [])):
         stage.update(epochs=1, batch_size=8, match=(), epoch_images=None)
     if config["preset"] is None:  # the same sizes as the other presets, so that nothing is compiled for this alone
         config["inputs"] = {"original": ()}
         for name in set(config["stages"]) & {"rotation", "conv", "supervised"}:
             config["stages"][name]["view"] = ()
+    if config["model"]["name"] == "patchnet" and config["name"] == "patches":
+        steps = len(config["model"]["widths"])
+        config["model"] = {"name": "patchnet", "patch": 8, "first": (2,), "widths": (2,) * steps, "hidden": (3, 2)}
+        first = min(view["size"] for stage in config["stages"].values() for view in stage.get("view", ()))
+        for stage in config["stages"].values():
+            stage.update(
+                {"view": tuple({**v, "size": 8 * v["size"] // first} for v in stage["view"])} if "view" in stage else {}
+            )
     config["subsets"] = {name: {"total": 8} for name in config["subsets"]}
     config["labels"] = {name: {"total": 8} for name in config["labels"]}
     return config
@@ -57,6 +68,7 @@ def shared(monkeypatch):
         self._made = MADE
 
     monkeypatch.setattr(build._Builder, "__init__", init)
+    monkeypatch.setitem(catalogue.BACKBONES, "small", lambda **common: Small(**common))
 
 
 @pytest.mark.parametrize(("name", "preset"), EACH)
@@ -75,14 +87,19 @@ def test_every_stage_of_a_preset_takes_a_step(name, preset, shared, tmp_path):
     if preset == "imagenet_subset":  # 57 million parameters: the path from scale to scale, which is its own
         config["arms"] = {"scalenet_65": config["arms"]["scalenet_65"]}
         config["baseline"], config["probe"] = "scalenet_65", None
+    if name == "patches":
+        side = 8 << len(config["model"]["widths"])
     random = np.random.default_rng(0)
     images, labels = random.integers(0, 256, (20, side, side, 3), np.uint8), np.arange(20) % 10
-    splits = Splits("noise", Source(images, labels), None, Source(images[:10], labels[:10]))
+    source = Source(images, labels, scores=labels * 10.0, groups=tuple("abcdefghij"[label] for label in labels))
+    splits = Splits("noise", source, None, source.take(np.arange(10)))
     recipe = build.recipe(config, splits.train.shape, 10)
     experiment = Experiment(recipe, splits, tmp_path)
     for arm in recipe.arms:
-        cell = Cell(arm, list(recipe.inputs)[-1], list(recipe.labels)[0], 0)
+        cell = Cell(arm, list(recipe.inputs)[-1], list(recipe.labels)[0], 0, next(iter(recipe.splits), None))
         experiment.train(cell)
+        if not recipe.arms[arm]:
+            continue
         trained = experiment.trained(cell, experiment.runs(cell))
         assert all(np.isfinite(np.asarray(leaf)).all() for leaf in jax.tree.leaves(trained.params))
     done = {path.parent.parent.name for path in tmp_path.rglob("done.json")}

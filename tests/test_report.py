@@ -89,7 +89,7 @@ def test_interval_by_hand():
 def test_rows_have_the_fields_of_summary_json_and_keep_their_order():
     rows = report.aggregate(run(), baseline="scratch")
     assert list(rows[0]) == (
-        ["arm", "input", "labels", "evaluation", "block", "metric", "seeds", "values", "mean", "ci95", "difference"]
+        ["arm", "input", "labels", "split", "evaluation", "block", "metric", "seeds", "values", "mean", "ci95", "difference"]
         + ["images", "pixels", "seconds", "chosen_on_test"]
     )
     assert list(dict.fromkeys(r["arm"] for r in rows)) == list(VALUES)

@@ -1,8 +1,10 @@
 """Which images form which batch: index batches as pure functions."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
+from jaxsd.data.source import Grid
 from jaxsd.errors import UserError
 
 
@@ -31,6 +33,39 @@ def ordered_batches(n: int, batch_size: int) -> tuple[np.ndarray, np.ndarray]:
     """
     _check(n, batch_size)
     return _cut(np.arange(n, dtype=np.int32), batch_size, drop_last=False)
+
+
+def cut(images: jax.Array, rows: jax.Array, grid: Grid) -> jax.Array:
+    """Patches [B, size, size, C] of images [N, H, W, C]: row r is patch r % P of image r // P, P patches per image.
+
+    Only the pixels asked for are read, so images may stay where they are, on the device, however many patches they
+    make. Works under jit.
+    """
+    count, across = _counts(images.shape, grid)
+    channels, size = images.shape[-1], grid.size
+
+    def one(row):
+        image, place = row // count, row % count
+        at = (image, place // across * grid.stride, place % across * grid.stride, jnp.zeros_like(row))
+        return jax.lax.dynamic_slice(images, at, (1, size, size, channels))[0]
+
+    return jax.vmap(one)(rows)
+
+
+def cut_on_host(images: np.ndarray, rows: np.ndarray, grid: Grid) -> np.ndarray:
+    """The same in numpy."""
+    count, across = _counts(images.shape, grid)
+    patches = np.empty((len(rows), grid.size, grid.size, images.shape[-1]), images.dtype)
+    for patch, row in zip(patches, rows, strict=True):
+        top, left = (int(place) * grid.stride for place in divmod(row % count, across))
+        patch[...] = images[row // count, top : top + grid.size, left : left + grid.size]
+    return patches
+
+
+def _counts(shape: tuple[int, ...], grid: Grid) -> tuple[int, int]:
+    """Patches of one image, and how many of them stand beside each other."""
+    down, across = grid.sides(*shape[1:3])
+    return down * across, across
 
 
 def _check(n: int, batch_size: int) -> None:

@@ -43,6 +43,10 @@ class Grid:
                 )
         return (height - self.size) // self.stride + 1, (width - self.size) // self.stride + 1
 
+    def count(self, height: int, width: int) -> int:
+        """How many patches an image has."""
+        return math.prod(self.sides(height, width))
+
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Source:
@@ -96,7 +100,7 @@ class Source:
     @property
     def patches(self) -> int:
         """Samples made of one image: 1 without a grid."""
-        return math.prod(self.grid.sides(*self.images.shape[1:3])) if self.grid else 1
+        return self.grid.count(*self.images.shape[1:3]) if self.grid else 1
 
     @property
     def shape(self) -> tuple[int, int, int]:

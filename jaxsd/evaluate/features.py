@@ -9,7 +9,8 @@ import flax.linen as nn
 import jax
 import numpy as np
 
-from jaxsd.data.batches import ordered_batches
+from jaxsd.data.batches import cut_on_host, ordered_batches
+from jaxsd.data.source import Grid
 from jaxsd.models.forward import forward
 from jaxsd.models.pool import adaptive_average_pool
 
@@ -37,19 +38,40 @@ def _flat(feature: jax.Array) -> jax.Array:
     return adaptive_average_pool(feature, size).reshape(batch, -1)
 
 
-def _over(model: nn.Module, params: Tree, collections: Tree, images: np.ndarray, batch_size: int, part: int) -> Any:
+def _over(
+    model: nn.Module,
+    params: Tree,
+    collections: Tree,
+    images: np.ndarray,
+    batch_size: int,
+    part: int,
+    grid: Grid | None = None,
+) -> Any:
     function = _compiled(model)
-    index, masks = ordered_batches(len(images), batch_size)
-    parts = [function(params, collections, images[rows])[part] for rows in index]
+    count = len(images) * (grid.count(*images.shape[1:3]) if grid is not None else 1)
+    index, masks = ordered_batches(count, min(batch_size, count))
+    shown = (images[rows] if grid is None else cut_on_host(images, rows, grid) for rows in index)
+    parts = [function(params, collections, batch)[part] for batch in shown]
     kept = [
         jax.tree.map(lambda x, mask=mask: np.asarray(x)[mask > 0], one) for one, mask in zip(parts, masks, strict=True)
     ]
     return jax.tree.map(lambda *xs: np.concatenate(xs), *kept)
 
 
-def predict(model: nn.Module, params: Tree, collections: Tree, images: np.ndarray, *, batch_size: int = 256) -> Any:
-    """The module's outputs for uint8 images [N, H, W, C], as numpy; a dict of them where it returns a dict."""
-    return _over(model, params, collections, images, batch_size, 0)
+def predict(
+    model: nn.Module,
+    params: Tree,
+    collections: Tree,
+    images: np.ndarray,
+    *,
+    grid: Grid | None = None,
+    batch_size: int = 256,
+) -> Any:
+    """The module's outputs for uint8 images [N, H, W, C], as numpy; a dict of them where it returns a dict.
+
+    With a grid, for all their patches, image by image.
+    """
+    return _over(model, params, collections, images, batch_size, 0, grid)
 
 
 def block_features(

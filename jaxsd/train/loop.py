@@ -15,7 +15,8 @@ import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 from tqdm import tqdm
 
-from jaxsd.data.batches import epoch_batches, ordered_batches
+from jaxsd.data.batches import cut, epoch_batches, ordered_batches
+from jaxsd.data.source import Grid
 from jaxsd.errors import RunError, Stopped
 from jaxsd.objectives.objective import Objective
 from jaxsd.train.checkpoint import Checkpoints
@@ -60,6 +61,11 @@ class Stop:
 
     signal: int | None = None
 
+    def look(self, where: str) -> None:
+        """Raises Stopped after a signal, where nothing is lost by it."""
+        if self.signal is not None:
+            raise Stopped(f"stopped at {where}, before a step; the same command goes on from there", self.signal)
+
 
 @dataclasses.dataclass
 class Watch:
@@ -71,7 +77,8 @@ class Watch:
     save_seconds: float = 60.0
     stop: Stop = dataclasses.field(default_factory=Stop)
     on_epoch: Callable[[dict[str, Any]], None] = lambda entry: None
-    validate: Callable[[State], dict[str, float]] | None = None
+    checks: dict[str, Callable[[State], dict[str, float]]] = dataclasses.field(default_factory=dict)  # after each epoch
+    spent: float = 0.0  # seconds of work before the first step
 
 
 def data_mesh(batch_size: int) -> Mesh | None:
@@ -90,19 +97,38 @@ def spread(tree: Tree, mesh: Mesh | None) -> Tree:
     return jax.device_put(tree, NamedSharding(mesh, PartitionSpec()) if mesh else one)
 
 
-def gather(data: dict[str, jax.Array], rows: jax.Array, mask: jax.Array, mesh: Mesh | None) -> dict[str, jax.Array]:
-    """The batch of the given rows, split over the mesh's devices."""
-    batch = {name: values[rows] for name, values in data.items()}
+def gather(
+    data: dict[str, Tree],
+    rows: jax.Array,
+    mask: jax.Array,
+    mesh: Mesh | None,
+    grid: Grid | None = None,
+    fed: Tree = None,
+) -> dict[str, Tree]:
+    """The batch of the given rows, split over the mesh's devices.
+
+    With a grid rows count patches; what belongs to an image goes to each of its patches. data["trunk"] has an entry
+    for every row; `fed` takes its place where it comes from the host.
+    """
+    images = rows if grid is None else rows // grid.count(*data["image"].shape[1:3])
+    batch: dict[str, Tree] = {name: values[images] for name, values in data.items() if name not in ("image", "trunk")}
+    batch["image"] = data["image"][rows] if grid is None else cut(data["image"], rows, grid)
+    if "trunk" in data or fed is not None:
+        batch["trunk"] = jax.tree.map(lambda x: x[rows], data["trunk"]) if fed is None else fed
     batch |= {"index": rows, "mask": mask}
     if mesh is None:
         return batch
     split = NamedSharding(mesh, PartitionSpec("data"))
-    return {name: jax.lax.with_sharding_constraint(values, split) for name, values in batch.items()}
+    return jax.tree.map(lambda values: jax.lax.with_sharding_constraint(values, split), batch)
 
 
 @functools.lru_cache(maxsize=64)
 def compiled(
-    objective: Objective, optimiser: optax.GradientTransformation, augment: Augment | None, mesh: Mesh | None
+    objective: Objective,
+    optimiser: optax.GradientTransformation,
+    augment: Augment | None,
+    mesh: Mesh | None,
+    grid: Grid | None = None,
 ) -> tuple[Callable[..., Any], Callable[..., Any]]:
     """(step, advance): the plain step, and the loop's own: gather rows, set the rate, step, add to the sums.
 
@@ -110,9 +136,9 @@ def compiled(
     """
     step = jax.jit(make_train_step(objective, optimiser, augment))
 
-    def advance(state: State, sums: Tree, data: Tree, index: jax.Array, mask: jax.Array, rates: jax.Array):
+    def advance(state: State, sums: Tree, data: Tree, fed: Tree, index: jax.Array, mask: jax.Array, rates: jax.Array):
         i = sums["steps"]
-        batch = gather(data, index[i], mask[i], mesh)
+        batch = gather(data, index[i], mask[i], mesh, grid, fed)
         state, metrics = step(state.replace(opt_state=set_rate(state.opt_state, rates[i])), batch)
         weight = jnp.sum(mask[i])
         totals = {name: sums["totals"][name] + weight * value for name, value in metrics.items()}
@@ -130,12 +156,16 @@ def run(
     optimiser: optax.GradientTransformation,
     augment: Augment | None = None,
     *,
+    grid: Grid | None = None,
+    feed: Callable[[np.ndarray], Tree] | None = None,
     watch: Watch | None = None,
 ) -> State:
     """Trains until the plan's end, from the newest checkpoint if there is one; returns the last state.
 
-    state: given away (its buffers are reused). data: {"image": uint8 [N, H, W, C], "label": int32 [N]}, put on the
+    state: given away (its buffers are reused). data: {"image": uint8 [N, H, W, C], "label": int32 [N], ...}, put on the
     device once. The batch is split over the local devices, over as many as divide it.
+    grid: train on the patches of the images. data["trunk"]: what the objective's trunk makes of every image or patch;
+    feed(rows) gives it batch by batch where it does not fit on the device.
     Raises RunError at a non-finite loss or weight and Stopped after a signal, both with everything saved that is
     worth it.
     """
@@ -143,16 +173,17 @@ def run(
     index, _ = plan.batches(0)
     steps, batch_size = index.shape
     mesh = _mesh_for(batch_size, watch.where)
-    step, advance = compiled(objective, optimiser, augment, mesh)
+    step, advance = compiled(objective, optimiser, augment, mesh, grid)
     state, placed = spread(state, mesh), spread(data, mesh)
-    sums = spread(_no_sums(step, state, placed, batch_size), mesh)
-    done, seconds = 0, 0.0
+    fed = feed(index[0]) if feed is not None else None
+    sums = spread(_no_sums(step, functools.partial(gather, mesh=None, grid=grid), state, placed, fed, batch_size), mesh)
+    done, seconds = 0, watch.spent
     if watch.checkpoints is not None and (saved := watch.checkpoints.resume(state, sums)) is not None:
         done, state, sums, seconds = saved
         log.info("%s: continues at step %d of %d", watch.where, done, plan.epochs * steps)
     if watch.journal is not None:
         watch.journal.rewind(done)
-    loop = _Loop(watch, plan, steps, seconds)
+    loop = _Loop(watch, plan, steps, seconds, feed)
     loop.stop_if_asked(done, None, None)
     with tqdm(total=plan.epochs * steps, initial=done, desc=watch.where, unit="step", disable=None, leave=False) as bar:
         for epoch in range(done // steps, plan.epochs):
@@ -175,8 +206,8 @@ def _mesh_for(batch_size: int, where: str) -> Mesh | None:
 class _Loop:
     """The host's side of one run: clocks, the window of losses that are still being computed, saving."""
 
-    def __init__(self, watch: Watch, plan: Plan, steps: int, seconds: float):
-        self.watch, self.plan, self.steps = watch, plan, steps
+    def __init__(self, watch: Watch, plan: Plan, steps: int, seconds: float, feed: Callable[[np.ndarray], Tree] | None):
+        self.watch, self.plan, self.steps, self.feed = watch, plan, steps, feed
         self.seconds = seconds  # of training before the time `since`; what is between epochs does not count
         self.since: float | None = None
         self.saved = time.monotonic()
@@ -184,11 +215,13 @@ class _Loop:
 
     def epoch(self, epoch, state, sums, data, advance, mesh, bar):
         start = self.since = time.monotonic()
-        order = [*self.plan.batches(epoch), self.plan.rates[epoch * self.steps : (epoch + 1) * self.steps]]
-        order = spread([np.asarray(part) for part in order], mesh)
+        index, mask = self.plan.batches(epoch)
+        rates = self.plan.rates[epoch * self.steps : (epoch + 1) * self.steps]
+        order = spread([np.asarray(part) for part in (index, mask, rates)], mesh)
         done = first = int(sums["steps"])
         for done in range(first + 1, self.steps + 1):
-            state, sums, loss = advance(state, sums, data, *order)
+            fed = self.feed(index[done - 1]) if self.feed is not None else None
+            state, sums, loss = advance(state, sums, data, fed, *order)
             step = epoch * self.steps + done
             self._look(step, loss, AHEAD)
             bar.update()
@@ -213,8 +246,8 @@ class _Loop:
         entry["images/s"] = round(steps_per_second * float(totals["weight"]) / self.steps, 1)
         entry["seconds"] = round(self.seconds, 3)
         entries = [entry]
-        if self.watch.validate is not None:
-            entries.append({"step": step, "epoch": epoch + 1, "split": "validation", **self.watch.validate(state)})
+        for split, check in self.watch.checks.items():
+            entries.append({"step": step, "epoch": epoch + 1, "split": split, **check(state)})
         for entry in entries:
             if self.watch.journal is not None:
                 self.watch.journal.write(entry)
@@ -273,20 +306,22 @@ class _Loop:
         )
 
 
-def _no_sums(step: Callable[..., Any], state: State, data: dict[str, jax.Array], batch_size: int) -> Tree:
+def _no_sums(
+    step: Callable[..., Any], gathered: Callable[..., Any], state: State, data: Tree, fed: Tree, batch_size: int
+) -> Tree:
     """Zeroed sums, one per metric of the step; tracing it here is reused when the loop's step is compiled."""
-    batch = {name: jax.ShapeDtypeStruct((batch_size, *x.shape[1:]), x.dtype) for name, x in data.items()}
-    batch["index"] = jax.ShapeDtypeStruct((batch_size,), jnp.int32)
-    batch["mask"] = jax.ShapeDtypeStruct((batch_size,), jnp.float32)
+    rows = jax.ShapeDtypeStruct((batch_size,), jnp.int32)
+    mask = jax.ShapeDtypeStruct((batch_size,), jnp.float32)
+    batch = jax.eval_shape(lambda data, rows, mask, fed: gathered(data, rows, mask, fed=fed), data, rows, mask, fed)
     _, metrics = jax.eval_shape(step, state, batch)
     totals = {name: np.zeros((), np.float32) for name in metrics}
     return {"steps": np.zeros((), np.int32), "weight": np.zeros((), np.float32), "totals": totals}
 
 
 @functools.lru_cache(maxsize=64)
-def _evaluation(objective: Objective, mesh: Mesh | None) -> Callable[..., Any]:
+def _evaluation(objective: Objective, mesh: Mesh | None, grid: Grid | None) -> Callable[..., Any]:
     def evaluate(params: Tree, extra: Tree, data: Tree, rows: jax.Array, mask: jax.Array):
-        batch = {**gather(data, rows, mask, mesh), "step": jnp.zeros((), jnp.int32)}
+        batch = {**gather(data, rows, mask, mesh, grid), "step": jnp.zeros((), jnp.int32)}
         loss, (metrics, _) = objective.loss(params, extra, batch, jax.random.key(0), train=False)
         return {"loss": loss, **metrics}
 
@@ -294,12 +329,19 @@ def _evaluation(objective: Objective, mesh: Mesh | None) -> Callable[..., Any]:
 
 
 def evaluate(
-    objective: Objective, params: Tree, extra: Tree, data: dict[str, np.ndarray], *, batch_size: int = 256
+    objective: Objective,
+    params: Tree,
+    extra: Tree,
+    data: dict[str, np.ndarray],
+    *,
+    grid: Grid | None = None,
+    batch_size: int = 256,
 ) -> dict[str, float]:
-    """Loss and metrics of an objective in inference mode, exact means over all images of `data`."""
+    """Loss and metrics of an objective in inference mode, exact means over all images (or patches) of `data`."""
     mesh = data_mesh(batch_size)
-    index, masks = ordered_batches(len(data["image"]), batch_size)
-    function = _evaluation(objective, mesh)
+    patches = grid.count(*data["image"].shape[1:3]) if grid is not None else 1
+    index, masks = ordered_batches(len(data["image"]) * patches, batch_size)
+    function = _evaluation(objective, mesh, grid)
     params, extra, placed = spread((params, extra, data), mesh)
     parts = [function(params, extra, placed, rows, mask) for rows, mask in zip(index, masks, strict=True)]
     weights = masks.sum(1)

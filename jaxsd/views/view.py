@@ -9,11 +9,11 @@ GCPR 2021), sections 3.1.1 and 3.1.2.
 """
 
 from collections.abc import Callable
-from dataclasses import KW_ONLY, dataclass
+from dataclasses import KW_ONLY, dataclass, replace
 
 import numpy as np
 
-from jaxsd.data.source import Source
+from jaxsd.data.source import Grid, Source
 from jaxsd.errors import UserError
 from jaxsd.views import pixels
 
@@ -150,6 +150,24 @@ class hybrid:
         images = source.images.copy()
         images[drawn] = viewed.images
         return source.with_images(images)
+
+
+@dataclass(frozen=True)
+class patches:
+    """Every image cut into square patches of `size` pixels, one every `stride` pixels (default: side by side).
+
+    Must be the last view. The patches are cut when they are needed: nothing is copied. Raises UserError where they do
+    not reach the last row and column. Source: patch self-pretraining (growing patches), algorithm 1.
+    """
+
+    size: int
+    stride: int | None = None
+
+    def __call__(self, source: Source) -> Source:
+        """The source with a grid."""
+        if source.grid is not None:
+            raise UserError("patches of patches: give one view 'patches' and make it the last one")
+        return replace(source, grid=Grid(self.size, self.stride or self.size))
 
 
 @dataclass(frozen=True, init=False, repr=False)

@@ -1,0 +1,177 @@
+"""The check of data: what it counts, what it warns of, and what it says would stop a run."""
+
+import numpy as np
+import pytest
+from PIL import Image
+from test_configs import config_of
+
+from jaxsd import check, check_data
+from jaxsd.data import Source, Splits
+from jaxsd.errors import UserError
+
+RANDOM = np.random.default_rng(0)
+
+
+def folder_of(root, layout, *, side=8):
+    """Writes a random image for each name of {folder: names}; a folder without names stays empty."""
+    for place, names in layout.items():
+        (root / place).mkdir(parents=True)
+        for name in names:
+            pixels = RANDOM.integers(0, 256, (side, side, 3), np.uint8)
+            Image.fromarray(pixels).save(root / place / f"{name}.png")
+    return root
+
+
+def config_for(root, **labels):
+    """The config for a folder of images with sides of 8 pixels."""
+    config = config_of("scalenet", "folder")
+    config["data"].update(path=str(root), size=8, cache=None)
+    config["pretext_data"]["path"] = None
+    config["labels"] = {"few": labels or {"per_class": 2}}
+    for stage in config["stages"].values():
+        if "batch_size" in stage:
+            stage["batch_size"] = 4
+    config["probe"]["batch_size"] = 4
+    return config
+
+
+def noise(count, **fields):
+    return Source(RANDOM.integers(0, 256, (count, 8, 8, 3), np.uint8), **fields)
+
+
+def printed(text, label):
+    """The numbers in the line of a table."""
+    (line,) = [line for line in text.splitlines() if line.split()[:1] == [label]]
+    return [int(word.replace(",", "")) for word in line.split()[1:]]
+
+
+def test_a_clean_folder_is_fine(tmp_path, capsys):
+    names = [str(n) for n in range(5)]
+    root = folder_of(tmp_path / "set", {f"{s}/{c}": names for s in ("train", "test") for c in ("cat", "dog")})
+    assert check_data.check_data(config_for(root), tmp_path / "out") == 0
+    said, errors = capsys.readouterr()
+    assert "set: 8x8 pixels, 3 channels" in said and "warning" not in said and not errors
+    assert printed(said, "images") == [10, 10] and printed(said, "cat") == printed(said, "dog") == [5, 5]
+    assert f"{tmp_path}/out/images.png" in said
+    with Image.open(tmp_path / "out" / "images.png") as picture:
+        assert picture.width == pytest.approx(100 * (0.2 + 8 * 1.6 + 7 * 0.15), abs=1)  # eight of each part
+
+
+def test_what_is_odd_in_a_folder_is_named(tmp_path, capsys):
+    layout = {"train/cat": "abcdef", "train/dog": "abcd", "train/owl": "ab", "train/emu": "", "test/cat": "xyz"}
+    root = folder_of(tmp_path / "set", {**layout, "test/dog": "x", "test/yak": ""})
+    (root / "train/cat/g.png").write_bytes((root / "train/cat/a.png").read_bytes())
+    for name in "pq":
+        (root / f"test/dog/{name}.png").write_bytes((root / "train/dog/a.png").read_bytes())
+    (root / "train/dog/broken.png").write_bytes(b"no image")
+    config = config_for(root, per_class=3)
+    config["data"]["on_bad_image"] = "skip"
+    config["stages"]["half"]["batch_size"] = 64
+    assert check_data.check_data(config, tmp_path / "out") == 2
+    said, errors = capsys.readouterr()
+    assert printed(said, "images") == [13, 6] and printed(said, "owl") == [2, 0]
+    warnings = [line.removeprefix("warning: ") for line in said.splitlines() if line.startswith("warning: ")]
+    assert len(warnings) == 7
+    for words in (
+        "1 images cannot be read and are left out: train/dog/broken.png",
+        "class folders without images are passed over: test/yak, train/emu",
+        "1 train images equal an earlier one of train",
+        "1 test images equal an earlier one of test",
+        "2 of 6 test images are pixel-equal to train images: results will be too good",
+        "test has no image of 1 classes: owl",
+        "stage 'half': 13 images are fewer than a batch of 64",
+    ):
+        assert sum(words in warning for warning in warnings) == 1, words
+    assert errors.count("error: ") == 1
+    assert "labels 'few': 3 images of each class were asked, but class 'owl' has 2" in errors
+
+
+def test_empty_class_folders_without_splits(tmp_path):
+    root = folder_of(tmp_path / "set", {"train": "ab", "cat": "ab", "emu": "", ".git": "", "cat/young": "a"})
+    assert check_data.empty_folders({"name": "folder", "path": root, "test": 0.2}) == ["emu"]
+    flat = (
+        folder_of(tmp_path / "flat", {".": "abc", "empty": ""})
+        if False
+        else folder_of(tmp_path / "flat", {"in": "abc"})
+    )
+    assert check_data.empty_folders({"name": "folder", "path": flat / "in"}) == []
+    assert check_data.empty_folders({"name": "mnist5k"}) == []
+
+
+def test_one_class_stops_a_run_and_no_labels_do_not(tmp_path, capsys):
+    one = folder_of(tmp_path / "one", {"train/cat": "abc", "test/cat": "xy"})
+    assert check_data.check_data(config_for(one), tmp_path / "out") == 2
+    assert "error: the training images have one class only" in capsys.readouterr().err
+    flat = folder_of(tmp_path / "flat", {"images": "abcdefgh"}) / "images"
+    assert check_data.check_data(config_for(flat), tmp_path / "out") == 0
+    assert "warning: there are neither labels nor scores" in capsys.readouterr().out
+    with pytest.raises(UserError, match="classes that train lacks: yak"):
+        check_data.check_data(
+            config_for(folder_of(tmp_path / "set", {"train/cat": "ab", "train/dog": "ab", "test/yak": "a"})), tmp_path
+        )
+
+
+def scored(scenes=10, each=4):
+    """Images of some scenes, each once for every kind, with scores 0, 1, 2, ..."""
+    groups = tuple(f"scene {n}" for n in range(scenes) for _ in range(each))
+    kinds = tuple("blur" if n % 2 else "noise" for n in range(len(groups)))
+    source = noise(len(groups), scores=np.arange(float(len(groups))), groups=groups, kinds=kinds)
+    return Splits("made", source, None, None, (), "DMOS")
+
+
+BOTH = {"by_group": {"by": "group", "test": 0.2}, "by_image": {"by": "image", "test": 0.2}}
+
+
+def scored_config(splits):
+    config = config_of("patches", "tiny")
+    config["splits"] = splits
+    config["stages"] = {name: {**stage, "view": ()} for name, stage in config["stages"].items()}
+    return config
+
+
+def test_scores_scenes_and_leaks():
+    found = check_data.inspect(scored_config(BOTH), scored())
+    assert found.errors == []
+    text = "\n".join(found.lines)
+    assert "40 scores (DMOS): mean 19.5, 0 to 39 (median 19.5)" in text
+    bars = [line for line in found.lines if "█" in line]
+    assert len(bars) == 10 and all(line.count("█") == 40 and line.endswith(" 4") for line in bars)
+    assert "10 scenes, images of each: 4" in text and "kinds: blur 20, noise 20" in text
+    assert [line.split()[1:] for line in found.lines if line.startswith(("images ", "scenes "))] == [
+        ["32", "8"],
+        ["8", "2"],
+        ["32", "8"],
+        ["10", str(len({scored().train.groups[i] for i in check_data.split(scored().train, by="image", seed=0)[1]}))],
+    ]
+    leaks = [warning for warning in found.warnings if "scene" in warning]
+    assert leaks == [
+        "split by_image: by image: 8 of 8 test images show a scene that is also trained on: "
+        "results will be too good; split by group"
+    ]
+
+
+def test_the_histogram_has_bars_in_proportion():
+    scores = np.array([0.0] * 80 + [10] * 20 + [5])
+    lines = check_data._scores(noise(101, scores=scores), "")
+    assert [line.count("█") for line in lines[1:]] == [40, 0, 0, 0, 0, 1, 0, 0, 0, 10]  # one image is still seen
+
+
+def test_splits_that_cannot_be_drawn_are_errors():
+    found = check_data.inspect(scored_config({"by_group": {"by": "group", "test": 0.2}}), scored(scenes=1))
+    assert found.errors and "split 'by_group': a split by group needs images of two scenes" in found.errors[0]
+    equal = noise(12, scores=np.ones(12), groups=tuple("abcdef") * 2)
+    own = Splits("made", equal, None, noise(2, scores=np.ones(2), groups=("a", "z")), (), "DMOS")
+    warnings = check_data.inspect(scored_config({}), own).warnings
+    assert any("all scores are equal" in warning for warning in warnings)
+    assert any(w.startswith("1 of 2 test images show a scene") for w in warnings)
+    assert any("are not used" in w for w in check_data.inspect(scored_config(BOTH), own).warnings)
+
+
+def test_the_command(tmp_path, capsys):
+    flags = ["--config=configs/scalenet.py:tiny", "--config.labels.few.per_class=1000", f"--out={tmp_path / 'out'}"]
+    assert check.main(["data", *flags]) == 2
+    said, errors = capsys.readouterr()
+    assert printed(said, "images") == [1437, 360] and "1000 images of each class were asked" in errors
+    assert (tmp_path / "out" / "images.png").exists()
+    assert check.main(["data", "--config=configs/nothing.py"]) == 2
+    assert "there is no file configs/nothing.py" in capsys.readouterr().err

@@ -1,0 +1,128 @@
+"""A network run in two goes, frozen beginning and rest, is the network: outputs, gradients, statistics, bit for bit."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from small import Small, batch_of, same
+
+from jaxsd import models, objectives
+from jaxsd.models.forward import forward, has_trunk, initialise, trunk
+from jaxsd.train.state import merge, partition
+
+KEY = jax.random.key(7)
+PATCHES = models.build("patchnet", patch=8, first=(4,), widths=(6,), hidden=(7, 6), outputs=3)
+RESIDUAL = models.ResNet(outputs=3, depths=(1, 1), widths=(4, 6), stem_kind="imagenet", bottleneck=True)
+# model, how many leading parts are frozen, side of the images
+CUTS = [
+    (PATCHES, 1, 16),
+    (PATCHES, 3, 16),  # dropout on one side of the cut alone
+    (PATCHES.clone(dtype=jnp.bfloat16), 4, 16),  # all but the head
+    (PATCHES.clone(outputs=0), 2, 16),
+    (RESIDUAL, 2, 20),
+    (models.build("nin", outputs=3, grow=2), 1, 8),
+    (models.build("alexnet_rotnet", outputs=3), 6, 63),
+    (models.LinearProbe(PATCHES, outputs=3, pool={"block1": 3}), 1, 16),
+]
+
+
+def setting(model, side):
+    """Parameters, collections whose running values have seen something, a batch of uint8 images."""
+    images = np.random.default_rng(1).integers(0, 256, (3, side, side, 3), np.uint8)
+    params, collections = initialise(model, KEY, images)
+    random = np.random.default_rng(2)
+    moved = jax.tree.map(lambda x: x + random.random(x.shape, np.float32), collections)
+    return params, moved, images
+
+
+def training(model):
+    """Jitted (trained, frozen, collections, images, known) -> ((loss, forward's result), gradient of the trained)."""
+
+    def loss(trained, frozen, collections, images, known):
+        result = forward(model, merge(trained, frozen), collections, images, train=True, key=KEY, trunk=known)
+        return sum(jnp.square(head - 1).mean() for head in jax.tree.leaves(result.outputs)), result
+
+    return jax.jit(jax.value_and_grad(loss, has_aux=True))
+
+
+def features_of(model, result):
+    """The features that the rest must show: those of its own parts, and what the head reads."""
+    probed = isinstance(model, models.LinearProbe)
+    return {k: v for k, v in result.features.items() if not probed and k not in model.prefix}
+
+
+@pytest.mark.parametrize("model, cut, side", CUTS, ids=lambda value: str(getattr(value, "parts", value)))
+def test_trunk_then_rest_is_all(model, cut, side):
+    model = model.clone(frozen=model.parts[:cut])
+    params, collections, images = setting(model, side)
+    assert model.prefix == model.parts[:cut] and has_trunk(model)
+    known = jax.jit(trunk, static_argnums=0)(model, params, collections, images)
+
+    infer = jax.jit(lambda images, known: forward(model, params, collections, images, train=False, trunk=known))
+    whole, rest = infer(images, None), infer(images, known)
+    same((rest.outputs, rest.features), (whole.outputs, features_of(model, whole)))
+
+    train, parts = training(model), partition(params, model.frozen)
+    (loss, whole), gradient = train(*parts, collections, images, None)
+    (rest_loss, rest), rest_gradient = train(*parts, collections, images, known)
+    same((rest_loss, rest.outputs, rest_gradient), (loss, whole.outputs, gradient))
+    same((rest.collections, rest.features), (whole.collections, features_of(model, whole)))
+    for part, before in collections["batch_stats"].items():
+        changed = jax.tree.map(lambda a, b: bool(np.any(a != b)), rest.collections["batch_stats"][part], before)
+        assert all(jax.tree.leaves(changed)) == any(jax.tree.leaves(changed)) == (part not in model.prefix)
+
+
+def test_trunk_is_what_the_parts_show():
+    params, collections, images = setting(PATCHES, 16)
+
+    def known(*frozen):
+        return trunk(PATCHES.clone(frozen=frozen), params, collections, images)
+
+    features = forward(PATCHES, params, collections, images, train=False).features
+    np.testing.assert_allclose(known("block1"), features["block1"], rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(known("block1", "block2"), features["block2"].reshape(3, -1), rtol=1e-5, atol=1e-5)
+    for head in ((), ("head",)):  # the head is never part of it
+        everything = known("block1", "block2", "fc1", "fc2", *head)
+        np.testing.assert_allclose(everything, features["pooled"], rtol=1e-5, atol=1e-5)
+    probe = models.LinearProbe(PATCHES, outputs=2, pool={"block2": 2})
+    params, collections = initialise(probe, KEY, images)
+    maps = trunk(probe, params, collections, images)
+    features = forward(probe, params, collections, images, train=False).features
+    assert {name: value.shape for name, value in maps.items()} == {"block1": (3, 8, 8, 4), "block2": (3, 2, 2, 6)}
+    np.testing.assert_allclose(maps["block1"], features["block1"], rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(maps["block2"][:, 1, 0], features["block2"][:, 2:, :2].max((1, 2)), rtol=1e-5, atol=1e-5)
+
+
+def test_what_has_a_trunk():
+    parts = ("block1", "block2", "fc1", "fc2", "head")
+    assert PATCHES.parts == parts
+    for frozen, prefix in (
+        ((), ()),
+        (("block2",), ()),
+        (("fc1", "block1"), ("block1",)),
+        (("block2", "block1"), ("block1", "block2")),
+        (parts, parts[:-1]),
+    ):
+        model = PATCHES.clone(frozen=frozen)
+        assert model.prefix == prefix and has_trunk(model) == bool(prefix)
+    assert not has_trunk(Small(outputs=3, frozen=("block1",)))  # a family of its own, not known to run in parts
+    probe = models.LinearProbe(PATCHES, outputs=3)
+    assert probe.prefix == ("trunk",) and not has_trunk(probe.clone(frozen=()))
+
+
+def test_an_objective_takes_the_trunk():
+    batch = batch_of(4, side=16, channels=3)
+    batch["score"] = 100 * batch["image"].mean((1, 2, 3))
+    frozen = PATCHES.clone(frozen=("block1", "block2"))
+    for objective in (objectives.supervised(frozen), objectives.regression(frozen.clone(outputs=1))):
+        params, extra = objective.init(KEY, batch)
+        known = jax.jit(objective.trunk)(params, extra, batch["image"])
+        assert known.shape == (4, 4 * 4 * 6)
+        plain, quick = (
+            jax.jit(objective.loss)(params, extra, given, KEY) for given in (batch, {**batch, "trunk": known})
+        )
+        same(quick, plain)
+        elsewhere = {**batch, "image": jnp.zeros_like(batch["image"]), "trunk": known}
+        same(jax.jit(objective.loss)(params, extra, elsewhere, KEY), plain)
+    assert objectives.supervised(PATCHES).trunk is objectives.regression(PATCHES.clone(outputs=1)).trunk is None
+    assert objectives.rotation(frozen.clone(outputs=4)).trunk is None  # it turns the images first
