@@ -34,7 +34,7 @@ def main(argv: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m jaxsd.check", description=__doc__, formatter_class=layout)
     commands = parser.add_subparsers(dest="command", required=True)
     data = commands.add_parser("data", help="what is in the data of a config")
-    data.add_argument("--config", required=True)
+    data.add_argument("--config", required=True, help="config file; further --config.KEY=VALUE override its values")
     data.add_argument("--out", help="folder for images.png; default runs/check-NAME")
     resume = commands.add_parser("resume", help="a run killed N times against a straight one")
     resume.add_argument("--config", required=True)

@@ -1,9 +1,12 @@
 """The check of data: what it counts, what it warns of, and what it says would stop a run."""
 
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 from PIL import Image
-from test_configs import config_of
+from test_configs import CONFIGS, config_of
 
 from jaxsd import check, check_data
 from jaxsd.data import Source, Splits
@@ -89,11 +92,7 @@ def test_what_is_odd_in_a_folder_is_named(tmp_path, capsys):
 def test_empty_class_folders_without_splits(tmp_path):
     root = folder_of(tmp_path / "set", {"train": "ab", "cat": "ab", "emu": "", ".git": "", "cat/young": "a"})
     assert check_data.empty_folders({"name": "folder", "path": root, "test": 0.2}) == ["emu"]
-    flat = (
-        folder_of(tmp_path / "flat", {".": "abc", "empty": ""})
-        if False
-        else folder_of(tmp_path / "flat", {"in": "abc"})
-    )
+    flat = folder_of(tmp_path / "flat", {"in": "abc", "in/empty": ""})
     assert check_data.empty_folders({"name": "folder", "path": flat / "in"}) == []
     assert check_data.empty_folders({"name": "mnist5k"}) == []
 
@@ -169,9 +168,14 @@ def test_splits_that_cannot_be_drawn_are_errors():
 
 def test_the_command(tmp_path, capsys):
     flags = ["--config=configs/scalenet.py:tiny", "--config.labels.few.per_class=1000", f"--out={tmp_path / 'out'}"]
-    assert check.main(["data", *flags]) == 2
-    said, errors = capsys.readouterr()
-    assert printed(said, "images") == [1437, 360] and "1000 images of each class were asked" in errors
+    command = [sys.executable, "-m", "jaxsd.check", "data", *flags]
+    done = subprocess.run(command, cwd=CONFIGS.parent, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert printed(done.stdout, "images") == [1437, 360]
+    assert done.stderr == (
+        "error: labels 'few': 1000 images of each class were asked, but class '0' has 142: "
+        "ask for at most 139 per class, 1390 in total; see --config.labels.few\n"
+    )
     assert (tmp_path / "out" / "images.png").exists()
     assert check.main(["data", "--config=configs/nothing.py"]) == 2
     assert "there is no file configs/nothing.py" in capsys.readouterr().err
