@@ -1,5 +1,7 @@
 """A network run in two goes, frozen beginning and rest, is the network: outputs, gradients, statistics, bit for bit."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -58,8 +60,8 @@ def test_trunk_then_rest_is_all(model, cut, side):
     assert model.prefix == model.parts[:cut] and has_trunk(model)
     known = jax.jit(trunk, static_argnums=0)(model, params, collections, images)
 
-    infer = jax.jit(lambda images, known: forward(model, params, collections, images, train=False, trunk=known))
-    whole, rest = infer(images, None), infer(images, known)
+    infer = jax.jit(partial(forward, model, train=False))
+    whole, rest = (infer(params, collections, images, trunk=value) for value in (None, known))
     same((rest.outputs, rest.features), (whole.outputs, features_of(model, whole)))
 
     train, parts = training(model), partition(params, model.frozen)

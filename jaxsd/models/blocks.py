@@ -186,11 +186,13 @@ class Sequential(Backbone):
         names = {"all": self.body, "trunk": self.body[:cut], "rest": self.body[cut:]}[part]
         if part != "rest":
             x = x.astype(self.dtype)
-        for name in names:
+        for i, name in enumerate(names):
+            if i == cut > 0 and part == "all":
+                x = jax.lax.optimization_barrier(x)  # nothing is fused across the cut: bit for bit as in two goes
             x = self.run(name, x, self.trains(name, train), features)
-        if part == "trunk":
-            return (pooled(x) if cut == len(self.body) else x), {}
-        return self.ending(features, x)
+        if cut == len(self.body) and part != "rest":
+            x = jax.lax.optimization_barrier(pooled(x))
+        return (x, {}) if part == "trunk" else self.ending(features, x)
 
 
 def pooled(x: jax.Array) -> jax.Array:

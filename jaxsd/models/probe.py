@@ -99,4 +99,5 @@ class LinearProbe(nn.Module):
         _, features = self.trunk(images, False)
         features = {name: jax.lax.stop_gradient(value) for name, value in features.items()}
         grids = {name: (self.pool or {}).get(name) or probe_grid(features[name].shape) for name in self.blocks}
-        return {name: adaptive_max_pool(features[name], grid) for name, grid in grids.items()}, features
+        maps = {name: adaptive_max_pool(features[name], grid) for name, grid in grids.items()}
+        return jax.lax.optimization_barrier(maps), features  # bit for bit as in two goes: nothing is fused across
