@@ -2,7 +2,8 @@ import math
 
 import numpy as np
 import pytest
-from scipy import stats
+from scipy import optimize, stats
+from scipy.special import expit
 
 from jaxsd.errors import RunError, UserError
 from jaxsd.evaluate.regression import logistic5, per_kind, regression, undefined
@@ -57,12 +58,11 @@ def test_what_does_not_change():
         assert [found[n] for n in ("spearman", "kendall")] == pytest.approx([first[n] for n in ("spearman", "kendall")])
         assert abs(found["pearson"] - first["pearson"]) > 0.01
     moved = regression(7 - 0.01 * x, y)  # linear: the fit takes it back, sign and all
-    assert moved["pearson"] == pytest.approx(-first["pearson"]) and moved["spearman"] == pytest.approx(
-        -first["spearman"]
-    )
+    for name in ("pearson", "spearman", "kendall"):
+        assert moved[name] == pytest.approx(-first[name])
     assert [moved[name] for name in FIT] == pytest.approx([first[name] for name in FIT], rel=1e-3)
     order = np.random.default_rng(1).permutation(len(x))
-    assert regression(x[order], y[order]) == pytest.approx(first, rel=1e-5)
+    assert regression(x[order], y[order]) == pytest.approx(first, rel=1e-3)
 
 
 @pytest.mark.parametrize("b", [(80, 0.1, 40, 0.1, 50), (-60, 0.5, 70, 0, 30), (100, 1e-2, 500, 0.02, 50)])
@@ -86,15 +86,15 @@ def test_the_fit_is_never_worse_than_a_line(seed):
         assert found["pearson_logistic5"] >= abs(found["pearson"]) - 1e-6
 
 
-def test_a_fit_that_fails_leaves_the_rest(monkeypatch):
-    def fails(*args, **kwargs):
-        raise RuntimeError("Optimal parameters not found")
+def test_the_fit_is_that_of_scipys_curve_fit():
+    x = np.linspace(-3, 3, 80)
+    y = 4 * expit(2 * x) + np.random.default_rng(0).normal(0, 0.3, 80)
 
-    x, y = noisy()
-    wanted = regression(x, y)
-    monkeypatch.setattr("scipy.optimize.curve_fit", fails)
-    found = regression(x, y)
-    assert found == {**wanted, **dict.fromkeys(FIT)}
+    def curve(x, b1, b2, b3, b4, b5):
+        return b1 * (0.5 - 1 / (1 + np.exp(b2 * (x - b3)))) + b4 * x + b5
+
+    wanted = curve(x, *optimize.curve_fit(curve, x, y, (4, 2, 0, 0, 2))[0])
+    np.testing.assert_allclose(logistic5(x, y), wanted, atol=1e-4)
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,6 @@
 """Numbers from predicted and true scores."""
 
-import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -12,6 +11,7 @@ from jaxsd.errors import RunError, UserError
 LEAST = 3  # images for a correlation: through any two goes a line
 CONSTANT = 1e-6  # a deviation below this share of the mean is float32 rounding, not variation
 SLOPES = (0.5, 2.0, 8.0)  # starts of the logistic fit, in deviations of the predictions
+STEPS = 200  # of each fit
 
 
 def regression(predictions: np.ndarray, scores: np.ndarray) -> dict[str, float | None]:
@@ -20,7 +20,7 @@ def regression(predictions: np.ndarray, scores: np.ndarray) -> dict[str, float |
     Returns {"pearson", "spearman", "kendall" (tau-b), "mae", "rmse", "pearson_logistic5", "mae_logistic5",
     "rmse_logistic5"}. Errors are in the unit of the scores. Ties have mean ranks. Those on _logistic5 are taken after
     `logistic5` has put the predictions on the scale of these very scores, as is the custom for image quality: not to be
-    compared with those before; None too where the fit fails. Spearman and Kendall do not change by it and have none.
+    compared with those before. Spearman and Kendall are never fitted.
     Raises UserError for empty or mismatched arrays and RunError for predictions that are not finite.
     """
     from scipy import stats  # here: it takes a second, and only scored images need it
@@ -32,13 +32,13 @@ def regression(predictions: np.ndarray, scores: np.ndarray) -> dict[str, float |
     result |= {"pearson_logistic5": None, "mae_logistic5": None, "rmse_logistic5": None}
     if undefined(predictions, scores):
         return result
-    result["pearson"] = _pearson(predictions, scores)
-    result["spearman"] = float(stats.spearmanr(predictions, scores)[0])
-    result["kendall"] = float(stats.kendalltau(predictions, scores)[0])
+    result["pearson"] = _value(stats.pearsonr, predictions, scores)
+    result["spearman"] = _value(stats.spearmanr, predictions, scores)
+    result["kendall"] = _value(stats.kendalltau, predictions, scores)
     fitted = logistic5(predictions, scores)
     if fitted is not None:
         errors = fitted - scores
-        result["pearson_logistic5"] = None if _constant(fitted) else _pearson(fitted, scores)
+        result["pearson_logistic5"] = None if _constant(fitted) else _value(stats.pearsonr, fitted, scores)
         result["mae_logistic5"] = float(np.abs(errors).mean())
         result["rmse_logistic5"] = float(np.sqrt(np.square(errors).mean()))
     return result
@@ -68,8 +68,8 @@ def per_kind(predictions: np.ndarray, scores: np.ndarray, kinds: Sequence[str]) 
     for kind in sorted(set(kinds)):
         x, y = predictions[names == kind], scores[names == kind]
         known = undefined(x, y) is None
-        pearson = _pearson(x, y) if known else None
-        spearman = float(stats.spearmanr(x, y)[0]) if known else None
+        pearson = _value(stats.pearsonr, x, y) if known else None
+        spearman = _value(stats.spearmanr, x, y) if known else None
         mae = float(np.abs(x - y).mean())
         rows.append({"kind": str(kind), "n": len(x), "pearson": pearson, "spearman": spearman, "mae": mae})
     return rows
@@ -79,10 +79,16 @@ def logistic5(predictions: np.ndarray, scores: np.ndarray) -> np.ndarray | None:
     """b1 (1/2 - 1 / (1 + exp(b2 (x - b3)))) + b4 x + b5 of the predictions x [N], fitted to the scores: float64 [N].
 
     Least squares from several starts, the straight line among them, so it never fits worse than that. None where
-    nothing can be fitted: no more images than parameters, constant values, or no start that converges. Source: the
-    video quality experts group's mapping in the form of Sheikh, Sabir and Bovik (IEEE TIP, 2006).
+    nothing can be fitted: constant values, or no more images than parameters. Source: Sheikh, Sabir and Bovik (IEEE
+    TIP, 2006). Raises as `regression`.
     """
-    from scipy.optimize import OptimizeWarning, curve_fit
+    from scipy.optimize import least_squares
+
+    def off(b: np.ndarray) -> np.ndarray:
+        return _curve(x, b) - y
+
+    def slopes(b: np.ndarray) -> np.ndarray:
+        return _slopes(x, b)
 
     predictions, scores = _checked(predictions, scores)
     if len(scores) <= 5 or undefined(predictions, scores):
@@ -92,28 +98,26 @@ def logistic5(predictions: np.ndarray, scores: np.ndarray) -> np.ndarray | None:
     slope = float((x * y).mean())
     height = float(np.ptp(y)) * (1 if slope >= 0 else -1)
     starts = [(0.0, 1.0, 0.0, slope, 0.0), *((height, steep, float(np.median(x)), 0.0, 0.0) for steep in SLOPES)]
-    fits = []
-    for start in starts:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", OptimizeWarning)  # of the parameters' covariance, which nobody asks for
-            try:
-                fits.append(_curve(x, *curve_fit(_curve, x, y, start, maxfev=2000)[0]))
-            except RuntimeError:  # no convergence
-                continue
-    errors = [float(np.square(fit - y).sum()) for fit in fits]
-    if not np.isfinite(errors).any():
-        return None
-    return fits[int(np.nanargmin(errors))] * scores.std() + scores.mean()
+    # `curve_fit` is this too, but fails where its steps run out, in a flat valley between equally good curves.
+    fits = [least_squares(off, start, slopes, method="lm", max_nfev=STEPS) for start in starts]  # type: ignore[arg-type]
+    best = min(fits, key=lambda fit: fit.cost)
+    return _curve(x, best.x) * scores.std() + scores.mean()
 
 
-def _curve(x: np.ndarray, b1: float, b2: float, b3: float, b4: float, b5: float) -> np.ndarray:
-    return b1 * (expit(b2 * (x - b3)) - 0.5) + b4 * x + b5  # expit(z) = 1 - 1 / (1 + exp(z)), without overflow
+def _curve(x: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """The logistic curve; expit(z) = 1 - 1 / (1 + exp(z)) does not overflow."""
+    return b[0] * (expit(b[1] * (x - b[2])) - 0.5) + b[3] * x + b[4]
 
 
-def _pearson(x: np.ndarray, y: np.ndarray) -> float:
-    from scipy import stats
+def _slopes(x: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """Its derivatives by the five parameters, [N, 5]."""
+    share = expit(b[1] * (x - b[2]))
+    steep = b[0] * share * (1 - share)
+    return np.stack([share - 0.5, steep * (x - b[2]), -steep * b[1], x, np.ones_like(x)], axis=1)
 
-    return float(stats.pearsonr(x, y)[0])
+
+def _value(correlation: Callable[..., Any], x: np.ndarray, y: np.ndarray) -> float:
+    return float(correlation(x, y).statistic)
 
 
 def _constant(values: np.ndarray) -> bool:
