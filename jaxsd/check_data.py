@@ -12,7 +12,7 @@ import numpy as np
 from jaxsd import build
 from jaxsd.data.files import SPLIT_NAMES, scan
 from jaxsd.data.source import Source, Splits
-from jaxsd.data.split import duplicates, repeats, shared_groups, split, subset
+from jaxsd.data.split import copies, part, shared_groups, subset
 from jaxsd.errors import UserError
 from jaxsd.figures import image_rows
 from jaxsd.recipe import Recipe
@@ -100,10 +100,9 @@ def parted(config: Config, splits: Splits) -> dict[str, Splits]:
     ways = {}
     for name, way in (config.get("splits") or {}).items():
         try:
-            train, test = split(splits.train, **way, seed=config["seeds"][0])
+            ways[name] = part(splits, **way, seed=config["seeds"][0])
         except UserError as error:
             raise UserError(f"split {name!r}: {error}; see --config.splits.{name}") from error
-        ways[name] = splits._replace(train=splits.train.take(train), validation=None, test=splits.train.take(test))
     return ways or {"": splits}
 
 
@@ -195,13 +194,14 @@ def _doubts(parts: Splits, pretext: Source | None) -> Iterator[str]:
     """What is odd about the parts of one split: copies, classes without images, no test images."""
     named = _named(parts)
     for name, source in named.items():
-        if count := repeats(source):
-            yield f"{count} {name} images equal an earlier one of {name} pixel for pixel"
-    for name, other in (("validation", "train"), ("test", "train"), ("test", "validation")):
-        if name in named and other in named and (count := duplicates(named[other], named[name])):
-            yield f"{count} of {len(named[name].images)} {name} images are pixel-equal to {other} images: {_GOOD}"
-    if pretext is not None and parts.test is not None and (count := duplicates(pretext, parts.test)):
-        yield f"{count} of {len(parts.test.images)} test images are pixel-equal to pretext images: {_GOOD}"
+        if len(found := copies(source)):
+            yield f"{len(found)} {name} images equal an earlier one of {name} pixel for pixel{_which(source, found)}"
+    pairs = [(parts.validation, "validation", parts.train, "train"), (parts.test, "test", parts.train, "train")]
+    pairs += [(parts.test, "test", parts.validation, "validation"), (parts.test, "test", pretext, "pretext")]
+    for source, name, other, its in pairs:
+        if source is not None and other is not None and len(found := copies(source, of=other)):
+            some = f"{len(found)} of {len(source.images)} {name} images{_which(source, found)}"
+            yield f"{some} are pixel-equal to {its} images: {_GOOD}"
     for name, source in named.items():
         if source.labels is not None:
             missing = [source.classes[label] for label in np.flatnonzero(_class_counts(source) == 0)]
@@ -209,6 +209,11 @@ def _doubts(parts: Splits, pretext: Source | None) -> Iterator[str]:
                 yield f"{name} has no image of {len(missing)} classes: {_some(missing)}"
     if parts.test is None:
         yield "there are no test images: nothing will be measured"
+
+
+def _which(source: Source, positions: np.ndarray) -> str:
+    """The first few names in brackets, where there are names."""
+    return f" ({_some([source.names[position] for position in positions], 3)})" if source.names else ""
 
 
 _GOOD = "results will be too good"
@@ -247,7 +252,7 @@ def _stages(recipe: Recipe, train: Source, pretext: Source | None) -> Iterator[t
 
 def _pictures(ways: Mapping[str, Splits], pretext: Source | None) -> dict[str, tuple[np.ndarray, list[str]]]:
     """Rows for the picture: some images of every part, evenly spread over it."""
-    parts = {f"{way} {name}".strip(): source for way, split in ways.items() for name, source in _named(split).items()}
+    parts = {f"{way} {name}".strip(): source for way, these in ways.items() for name, source in _named(these).items()}
     if pretext is not None:
         parts["pretext"] = pretext
     rows = {}

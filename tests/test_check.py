@@ -10,6 +10,7 @@ from test_configs import CONFIGS, config_of
 
 from jaxsd import check, check_data
 from jaxsd.data import Source, Splits
+from jaxsd.data.split import split
 from jaxsd.errors import UserError
 
 RANDOM = np.random.default_rng(0)
@@ -78,9 +79,9 @@ def test_what_is_odd_in_a_folder_is_named(tmp_path, capsys):
     for words in (
         "1 images cannot be read and are left out: train/dog/broken.png",
         "class folders without images are passed over: test/yak, train/emu",
-        "1 train images equal an earlier one of train",
+        "1 train images equal an earlier one of train pixel for pixel (train/cat/g.png)",
         "1 test images equal an earlier one of test",
-        "2 of 6 test images are pixel-equal to train images: results will be too good",
+        "2 of 6 test images (test/dog/p.png, test/dog/q.png) are pixel-equal to train images: results will be too good",
         "test has no image of 1 classes: owl",
         "stage 'half': 13 images are fewer than a batch of 64",
     ):
@@ -140,7 +141,7 @@ def test_scores_scenes_and_leaks():
         ["32", "8"],
         ["8", "2"],
         ["32", "8"],
-        ["10", str(len({scored().train.groups[i] for i in check_data.split(scored().train, by="image", seed=0)[1]}))],
+        ["10", str(len({scored().train.groups[i] for i in split(scored().train, by="image", seed=0)[1]}))],
     ]
     leaks = [warning for warning in found.warnings if "scene" in warning]
     assert leaks == [

@@ -1,8 +1,8 @@
 import numpy as np
 import pytest
 
-from jaxsd.data import Source, carve, duplicates, subset
-from jaxsd.data.split import repeats, shared_groups, split
+from jaxsd.data import Source, Splits, carve, duplicates, subset
+from jaxsd.data.split import copies, part, shared_groups, split
 from jaxsd.errors import UserError
 
 
@@ -100,7 +100,8 @@ def test_duplicates_are_counted_pixel_for_pixel():
     other = Source(np.concatenate([source.images[[3, 3, 40]], near]))
     assert duplicates(source, other) == 3
     assert duplicates(source, other.with_images(other.images[:, :2])) == 0
-    assert repeats(source) == 0 and repeats(other) == 1
+    assert copies(other, of=source).tolist() == [0, 1, 2]
+    assert copies(other).tolist() == [1] and not len(copies(source))
 
 
 def scenes(counts, **fields):
@@ -128,6 +129,19 @@ def test_a_split_by_group_keeps_scenes_on_one_side(seed):
     seen, held = ({LIVE.groups[i] for i in part} for part in (train, test))
     assert (len(seen), len(held)) == (23, 6) and not seen & held
     assert shared_groups(LIVE.take(train), LIVE.take(test)) == 0
+
+
+def test_parts_of_a_set_are_those_of_its_split():
+    parts = part(Splits("live", LIVE, LIVE.take([0]), LIVE.take([1]), ("a.bmp",), "DMOS"), test=0.5, seed=2)
+    train, test = split(LIVE, test=0.5, seed=2)
+    assert (len(set(parts.train.groups)), parts.validation, parts.skipped, parts.score) == (
+        14,
+        None,
+        ("a.bmp",),
+        "DMOS",
+    )
+    assert parts.train.fingerprint() == LIVE.take(train).fingerprint()
+    assert parts.test.fingerprint() == LIVE.take(test).fingerprint()
 
 
 def test_a_split_by_image_shows_test_scenes_in_training():

@@ -5,7 +5,7 @@ from typing import Literal
 
 import numpy as np
 
-from jaxsd.data.source import Source
+from jaxsd.data.source import Source, Splits
 from jaxsd.errors import UserError
 
 
@@ -62,6 +62,12 @@ def split(
     return train, held
 
 
+def part(splits: Splits, *, test: float = 0.2, by: Literal["group", "image"] = "group", seed: int) -> Splits:
+    """A data set with its training images parted anew by `split`; other images of its own are left out."""
+    train, held = split(splits.train, test=test, by=by, seed=seed)
+    return splits._replace(train=splits.train.take(train), validation=None, test=splits.train.take(held))
+
+
 def shared_groups(a: Source, b: Source) -> int:
     """How many images of `b` show a scene (`Source.groups`) that some image of `a` shows; 0 where none are named."""
     known = set(a.groups)
@@ -109,15 +115,24 @@ def subset(
 
 def duplicates(a: Source, b: Source) -> int:
     """How many images of `b` equal some image of `a` pixel for pixel (0 where the image sizes differ)."""
-    if a.shape != b.shape:
-        return 0
-    known = set(_row_hashes(a))
-    return sum(row in known for row in _row_hashes(b))
+    return len(copies(b, of=a))
 
 
-def repeats(source: Source) -> int:
-    """How many images equal an earlier one of the same source pixel for pixel."""
-    return len(source.images) - len(set(_row_hashes(source)))
+def copies(source: Source, *, of: Source | None = None) -> np.ndarray:
+    """Sorted positions, int64, of images that equal one of another source pixel for pixel, or an earlier one of theirs.
+
+    of: the other source; None finds what equals an earlier image of the same one.
+    """
+    if of is not None and of.shape != source.shape:
+        return np.empty(0, np.int64)
+    known = set(_row_hashes(of)) if of is not None else set()
+    found = []
+    for position, row in enumerate(_row_hashes(source)):
+        if row in known:
+            found.append(position)
+        elif of is None:
+            known.add(row)
+    return np.array(found, np.int64)
 
 
 def _members(labels: np.ndarray) -> list[np.ndarray]:
