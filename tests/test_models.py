@@ -31,6 +31,7 @@ COUNTS = [
     ("nin", {}, {4: 1_411_140, 10: 1_412_298, 0: 1_410_368}, 4_352),
     ("nin", {"blocks": 5}, {4: 1_817_796, 10: 1_818_954, 0: 1_817_024}, 5_504),
     ("alexnet_rotnet", {}, {4: 57_030_724, 1000: 61_111_336}, 18_688),
+    ("patchnet", {}, {1: 10_322_721, 0: 10_322_464}, 2 * (32 + 64 + 128 + 2 * (128 + 256 + 256 + 512))),
 ]
 PARTS = {
     "resnet50": {"stem": 1_856, "block1": 215_808, "block2": 1_219_584, "block3": 7_098_368, "block4": 14_964_736},
@@ -248,11 +249,13 @@ def test_frozen_reaches_every_norm_of_the_part_and_no_other(name):
             seen.append((context.module.path[0], args[1]))
         return layer(*args, **kwargs)
 
-    images = jax.ShapeDtypeStruct((2, 64, 64, 3), jnp.float32)
+    side = max(64, RESOLUTIONS[name])
+    images = jax.ShapeDtypeStruct((2, side, side, 3), jnp.float32)
     with nn.intercept_methods(note):
         jax.eval_shape(lambda x: model.clone(frozen=frozen).init(jax.random.key(0), x, True), images)
     assert seen == [(part, part not in frozen) for part, _ in seen]
-    assert dict.fromkeys(part for part, _ in seen) == dict.fromkeys(model.parts[:-1])
+    dense = ("fc1", "fc2") if name == "patchnet" else ()
+    assert dict.fromkeys(part for part, _ in seen) == dict.fromkeys(part for part in model.body if part not in dense)
 
 
 def test_gradient_of_a_feature_is_the_head_weight_over_the_map():

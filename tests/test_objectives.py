@@ -2,6 +2,7 @@
 
 from functools import partial
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,6 +13,7 @@ from small import Dense, Small, batch_of, close, same
 from jaxsd import models, objectives, train
 from jaxsd.errors import UserError
 from jaxsd.models.forward import STANDARDISE, forward
+from jaxsd.objectives.regression import losses
 from jaxsd.objectives.rotation import turned_batch
 from jaxsd.objectives.supervised import smoothed_cross_entropy
 
@@ -60,13 +62,15 @@ def test_rotation_of_wrong_images_or_turns():
     assert objectives.supervised(Dense(3)).views == 1
 
 
-@pytest.mark.parametrize("make", [objectives.supervised, objectives.rotation])
-def test_masked_images_do_not_count(make):
+@pytest.mark.parametrize(
+    "make, outputs", [(objectives.supervised, 4), (objectives.rotation, 4), (objectives.regression, 1)]
+)
+def test_masked_images_do_not_count(make, outputs):
     """A masked batch gives the loss, metrics and gradient of the shorter batch."""
-    long, short = batch_of(6), batch_of(6)
-    long["mask"] = jnp.array([1.0, 1, 1, 1, 0, 0])
-    short = {name: values[:4] for name, values in short.items()}
-    objective = make(Dense(4))
+    whole = scored_batch(6)
+    long = {**whole, "mask": jnp.array([1.0, 1, 1, 1, 0, 0])}
+    short = {name: values[:4] for name, values in whole.items()}
+    objective = make(Dense(outputs))
     params, extra = objective.init(KEY, long)
     function = jax.jit(jax.value_and_grad(objective.loss, has_aux=True))
     close(function(params, extra, long, KEY), function(params, extra, short, KEY))
@@ -103,14 +107,98 @@ def test_wrong_smoothing():
         objectives.supervised(Dense(3), convention="other")
 
 
+def scored_batch(count):
+    return batch_of(count) | {"score": jnp.asarray(np.random.default_rng(5).uniform(0, 100, count), jnp.float32)}
+
+
+class Given(nn.Module):
+    """Gives the first pixels of the images as outputs, [B] or [B, 1], plus a parameter that starts at 0."""
+
+    flat: bool = False
+
+    @nn.compact
+    def __call__(self, images, train):
+        shift = self.param("shift", nn.initializers.zeros_init(), ())
+        outputs = images[:, 0, 0, 0] + shift
+        return (outputs if self.flat else outputs[:, None]), {}
+
+
+@pytest.mark.parametrize("flat", [False, True])
+def test_regression_by_hand(flat):
+    """Outputs .5, .3, .9 for scores 52, 50, 85: errors -.02, -.2, .05, the bend of Huber's loss at .1."""
+    images = jnp.zeros((3, 1, 1, 1)).at[:, 0, 0, 0].set(jnp.array([0.5, 0.3, 0.9]))
+    batch = {"image": images, "score": jnp.array([52.0, 50.0, 85.0]), "mask": jnp.ones(3)}
+    squares = 0.02**2 + 0.05**2
+    wanted = {
+        "l1": (0.02 + 0.2 + 0.05) / 3,
+        "l2": (squares + 0.2**2) / 3,
+        "huber": (squares / 2 + 0.1 * (0.2 - 0.1 / 2)) / 3,
+    }
+    for kind, number in wanted.items():
+        loss, metrics = value(objectives.regression(Given(flat), loss=kind), batch)
+        assert loss == pytest.approx(number, rel=1e-4)
+        assert metrics == {"mae": pytest.approx((2 + 20 + 5) / 3, rel=1e-4)}
+    loss, metrics = value(objectives.regression(Given(flat)), {**batch, "mask": jnp.array([1.0, 0, 1])})
+    assert loss == pytest.approx(0.035, rel=1e-4) and metrics["mae"] == pytest.approx(3.5, rel=1e-4)
+    loss, _ = value(objectives.regression(Given(flat), loss="huber", delta=1.0), batch)
+    assert loss == pytest.approx(wanted["l2"] / 2, rel=1e-4)  # below the bend it is half the square
+    np.testing.assert_allclose(losses(jnp.array([0.4, -1.0]), jnp.zeros(2), "huber", 0.5), [0.08, 0.375], rtol=1e-6)
+
+
+def test_regression_does_not_depend_on_the_unit_of_the_scores():
+    """Scores and scale times ten: the same loss and gradient, ten times the error."""
+    batch = scored_batch(5)
+    results = []
+    for factor in (1, 10):
+        objective = objectives.regression(Dense(1), scale=100.0 * factor, loss="huber")
+        params, extra = objective.init(KEY, batch)
+        given = {**batch, "score": factor * batch["score"]}
+        (loss, (metrics, _)), gradient = jax.value_and_grad(objective.loss, has_aux=True)(params, extra, given, KEY)
+        results.append((loss, metrics["mae"] / factor, gradient))
+    close(*results)
+
+
+def test_regression_on_every_block():
+    batch = scored_batch(4)
+    probe = models.LinearProbe(Small(outputs=4), outputs=1)
+    _, metrics = value(objectives.regression(probe), batch)
+    assert set(metrics) == {"mae_block1", "mae_block2"}
+
+
+def test_wrong_regression():
+    batch, objective = scored_batch(3), objectives.regression(Dense(1))
+    params, extra = objective.init(KEY, batch)
+    unscored = {name: values for name, values in batch.items() if name != "score"}
+    wide = models.ResNet(outputs=2, depths=(1,), widths=(4,))
+    for call, words in (
+        (lambda: objectives.regression(Dense(1), loss="mse"), "'mse'.* l1, l2, huber"),
+        (lambda: objectives.regression(Dense(1), scale=0.0), "above 0"),
+        (lambda: objectives.regression(Dense(1), delta=-1.0), "above 0"),
+        (lambda: objectives.regression(Dense(3)), "one output, got 3"),
+        (lambda: objectives.regression(wide), "one output, got 2"),
+        (lambda: objective.loss(params, extra, unscored, KEY), "with scores"),
+        (lambda: objective.loss(params, extra, {**batch, "score": batch["score"][:, None]}, KEY), r"\[3\].*\[3, 1\]"),
+    ):
+        with pytest.raises(UserError, match=words):
+            call()
+
+
 def test_no_shape_is_promoted():
     """[B] meets [B], never [B, 1]: such a slip would broadcast to [B, B] and train on nonsense."""
-    objective = objectives.rotation(Dense(4), label_smoothing=0.1)
-    batch = batch_of(3)
-    params, extra = objective.init(KEY, batch)
-    collections = {name: tree for name, tree in extra["model"].items() if name != STANDARDISE}
-    with jax.numpy_rank_promotion("raise"):
-        jax.eval_shape(jax.grad(lambda p: objective.loss(p, {"model": collections}, batch, KEY)[0]), params)
+    batch = scored_batch(3)
+    for objective in (
+        objectives.rotation(Dense(4), label_smoothing=0.1),
+        objectives.regression(Dense(1)),
+        objectives.regression(Given(flat=True)),
+    ):
+        params, extra = objective.init(KEY, batch)
+        collections = {name: tree for name, tree in extra["model"].items() if name != STANDARDISE}
+
+        def loss(params, objective=objective, collections=collections):
+            return objective.loss(params, {"model": collections}, batch, KEY)[0]
+
+        with jax.numpy_rank_promotion("raise"):
+            jax.eval_shape(jax.grad(loss), params)
 
 
 def test_inference_leaves_extra_alone():
