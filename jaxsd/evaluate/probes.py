@@ -1,7 +1,7 @@
-"""Classifiers without training: what frozen features know, in closed form.
+"""Predictions without training: what frozen features know, in closed form.
 
-Both take features of images that the network may have been trained on, their labels, and features of unseen images;
-test labels are no argument, so nothing can be chosen on them.
+All take features of images that the network may have been trained on, their labels or scores, and features of unseen
+images; what is true of these is no argument, so nothing can be chosen on it.
 """
 
 from collections.abc import Sequence
@@ -41,16 +41,42 @@ def ridge(
     Raises UserError for empty or mismatched arrays and RunError for features that are not finite.
     """
     train, labels, test = _checked(train_features, train_labels, test_features, classes)
+    targets = np.where(labels[:, None] == np.arange(len(class_names(classes))), 1.0, -1.0)
+    return _ridge(train, targets, test, penalties)
+
+
+def ridge_regression(
+    train_features: np.ndarray,
+    train_scores: np.ndarray,
+    test_features: np.ndarray,
+    *,
+    penalties: Sequence[float] | None = None,
+) -> np.ndarray:
+    """Ridge regression on standardised features: predicted scores float64 [m] of the test features [m, D].
+
+    All as in `ridge`, with the scores [n] as the only target; collapsed features give their mean.
+    Raises UserError for empty or mismatched arrays or scores that are not finite, RunError for such features.
+    """
+    train, test = _checked_features(train_features, test_features)
+    scores = np.asarray(train_scores, np.float64)
+    if scores.shape != (len(train),):
+        raise UserError(f"train scores must match the train features, got {list(scores.shape)} for {len(train)}")
+    if not np.isfinite(scores).all():
+        raise UserError(f"the score of image {int(np.flatnonzero(~np.isfinite(scores))[0])} is not finite: mend it")
+    return _ridge(train, scores[:, None], test, penalties).scores[:, 0]
+
+
+def _ridge(train: np.ndarray, targets: np.ndarray, test: np.ndarray, penalties: Sequence[float] | None) -> Ridge:
+    """Ridge regression of targets [n, K] on the standardised features that are not constant."""
     if penalties is None:
         penalties = list(np.logspace(-5, 2, 15) * max(train.shape))
     candidates = np.asarray(penalties, np.float64)
     if candidates.ndim != 1 or not candidates.size or not (np.isfinite(candidates) & (candidates > 0)).all():
         raise UserError(f"ridge penalties must be a list of finite numbers above 0, got {penalties}")
-    targets = np.where(labels[:, None] == np.arange(len(class_names(classes))), 1.0, -1.0)
     intercept = targets.mean(axis=0)
     mean, deviation = train.mean(axis=0, dtype=np.float64), train.std(axis=0, dtype=np.float64)
     kept = deviation > CONSTANT * np.abs(mean)
-    if not kept.any():  # collapsed features: the class shares are all that is left to go by
+    if not kept.any():  # collapsed features: the mean of the targets is all that is left to go by
         return Ridge(np.tile(intercept, (len(test), 1)), float(candidates.max()))
     mean, deviation = mean[kept], deviation[kept]
     weights, penalty = _solve((train[:, kept] - mean) / deviation, targets - intercept, candidates)
@@ -133,8 +159,16 @@ def _checked(
     train_features: np.ndarray, train_labels: np.ndarray, test_features: np.ndarray, classes: int | Sequence[str]
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """The three arrays, once they fit together."""
-    train, test = np.asarray(train_features), np.asarray(test_features)
     labels = checked_labels(train_labels, classes, "train labels")
+    train, test = _checked_features(train_features, test_features)
+    if len(labels) != len(train):
+        raise UserError(f"train labels must match the train features, got {len(labels)} and {len(train)}")
+    return train, labels, test
+
+
+def _checked_features(train_features: np.ndarray, test_features: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Both arrays, once they fit together."""
+    train, test = np.asarray(train_features), np.asarray(test_features)
     for name, features in (("train", train), ("test", test)):
         if features.ndim != 2 or not features.size:
             raise UserError(f"{name} features must be [images, features] and not empty, got {list(features.shape)}")
@@ -142,6 +176,4 @@ def _checked(
             raise RunError(f"{name} features are not finite: training diverged, lower its rate")
     if train.shape[1] != test.shape[1]:
         raise UserError(f"train and test features must be of equal width, got {train.shape[1]} and {test.shape[1]}")
-    if len(labels) != len(train):
-        raise UserError(f"train labels must match the train features, got {len(labels)} and {len(train)}")
-    return train, labels, test
+    return train, test
