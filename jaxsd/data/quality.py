@@ -79,8 +79,8 @@ def fastfading(image: np.ndarray, errors: float, random: np.random.Generator) ->
 
 Degrade = Callable[[np.ndarray, float, np.random.Generator], np.ndarray]
 KINDS: dict[str, tuple[Degrade, float, float]] = {  # how, with the mildest and the strongest level
-    "jp2k": (jp2k, 34, 16),
-    "jpeg": (jpeg, 40, 2),
+    "jp2k": (jp2k, 34, 20),
+    "jpeg": (jpeg, 40, 4),
     "wn": (wn, 6, 100),
     "gblur": (gblur, 0.6, 6),
     "fastfading": (fastfading, 2, 60),
