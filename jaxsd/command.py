@@ -11,7 +11,7 @@ import jax
 
 from jaxsd import __version__, build, pictures, report, tuning
 from jaxsd.data.source import Source, Splits, describe
-from jaxsd.data.split import duplicates, shared_groups, split
+from jaxsd.data.split import duplicates, part, shared_groups
 from jaxsd.errors import UserError
 from jaxsd.measure import measure
 from jaxsd.recipe import Experiment
@@ -53,7 +53,8 @@ def run(
     pretext = build.load_pretext(config, splits)
     scored = splits.train.scores is not None
     recipe = build.recipe(config, splits.train.shape, len(splits.train.classes), scored=scored)
-    parted = {name: part(splits, way, recipe.seeds[0]) for name, way in recipe.splits.items()} or {None: splits}
+    ways = {name: part(splits, **way, seed=recipe.seeds[0]) for name, way in recipe.splits.items()}
+    parted: Mapping[str | None, Splits] = ways or {None: splits}
     copies, shared = leaks(parted, pretext), shared_scenes(parted)
     if copies:
         log.warning("%d test images are pixel-equal to training images: results will be too good", copies)
@@ -79,12 +80,6 @@ def run(
     report.write(workdir, summary)
     print(report.table(summary))
     return summary
-
-
-def part(splits: Splits, way: Config, seed: int) -> Splits:
-    """All images parted as a recipe's split says."""
-    train, test = split(splits.train, **way, seed=seed)
-    return splits._replace(train=splits.train.take(train), validation=None, test=splits.train.take(test))
 
 
 def leaks(parted: Mapping[str | None, Splits], pretext: Source | None) -> int | None:

@@ -59,7 +59,9 @@ def _scores(experiment: Experiment, cells: list[Cell], rows: Rows, summary: dict
     group = {name: value for name, value in place.items() if name != "seed"}
     told = [row for row in summary["rows"] if all(row.get(name) == value for name, value in group.items())]
     means = {row["arm"]: row for row in told if row["metric"] == METRIC}
+    drawn = ["quality_map.png", "predicted.png"]
     if all(arm in means for arm in chain):
+        drawn.insert(0, "stages.png")
         base = means.get(summary["baseline"])
         figures_scores.metric_by_stage(
             workdir / "stages.png",
@@ -70,7 +72,7 @@ def _scores(experiment: Experiment, cells: list[Cell], rows: Rows, summary: dict
             metric=METRIC,
         )
     _map(experiment, {cell.arm: cell for cell in cells if cell.arm in chain}, unit)
-    return ["stages.png", "quality_map.png", "predicted.png"]
+    return drawn
 
 
 def _predicted(path: Path, found: dict[str, Any], rows: Rows, kinds: Sequence[str], unit: str) -> None:
@@ -90,7 +92,8 @@ def _ladder(experiment: Experiment) -> list[str]:
     """The arms that lead to the one with the most stages on patches, shortest first."""
     arms = experiment.recipe.arms
     longest = max(arms.values(), key=len)
-    return sorted((name for name, path in arms.items() if path and path == longest[: len(path)]), key=lambda n: len(arms[n]))
+    chain = [name for name, path in arms.items() if path and path == longest[: len(path)]]
+    return sorted(chain, key=lambda name: len(arms[name]))
 
 
 def _map(experiment: Experiment, cells: dict[str, Cell], unit: str) -> None:

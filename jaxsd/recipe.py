@@ -35,7 +35,7 @@ class Recipe:
     inputs: name -> view of all images, training and test alike.
     subsets: name -> arguments of data.split.subset, for the stages that name it; labels: the same for the "labelled"
         images, each for a comparison of its own. Drawn anew for every seed.
-    splits: name -> arguments of data.split.split, drawn anew for every seed from all images; none: the data's own split.
+    splits: name -> arguments of data.split.split, drawn anew for every seed from all images; none: the data's own.
     probes: arm -> frozen stage (linear probes on every block) run after the arm's pretext part.
     evaluations: any of EVALUATIONS.
     """
@@ -120,8 +120,8 @@ class Experiment:
             write_json(
                 self.workdir / "subsets" / f"splits-{name}.json", {"train": train.tolist(), "test": test.tolist()}
             )
-            parts = pool.splits.train.take(train), None, pool.splits.train.take(test)
-            splits = pool.splits._replace(**dict(zip(("train", "validation", "test"), parts, strict=True)))
+            images = pool.splits.train
+            splits = pool.splits._replace(train=images.take(train), validation=None, test=images.take(test))
             pretext = pool.pretext if self.pretext is not None else splits.train
             self._viewed = {kept: value for kept, value in self._viewed.items() if kept[-1] == cell.seed}
             self._viewed[key] = Viewed(splits, pretext, standardisation(splits.train))

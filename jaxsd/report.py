@@ -26,9 +26,25 @@ WIDTH = 110  # columns of a printed line
 GROUP = ("input", "labels", "split")  # what is compared only within itself
 EVALUATIONS = ("pretext", "knn", "ridge", "probe", "finetune")  # as shown; the last that there is gives the answer
 WORST = 20  # classes listed at most
-FRACTIONS = ("accuracy", "balanced_accuracy")  # shown in per cent
-LOWER_IS_BETTER = ("mae", "rmse")
-WORDS = {"finetune": "fine-tune", "knn": "k-NN", "balanced_accuracy": "balanced accuracy"}
+FRACTIONS = ("accuracy", "balanced_accuracy", "best_accuracy", "patch_accuracy")  # shown in per cent
+LOWER_IS_BETTER = ("mae", "rmse", "best_mae", "mae_logistic5", "rmse_logistic5")
+BESIDE = ("pearson", "mae")  # shown beside the answer where that is a rank correlation
+WORDS = {
+    "finetune": "fine-tune",
+    "knn": "k-NN",
+    "balanced_accuracy": "balanced accuracy",
+    "best_accuracy": "best epoch",
+    "patch_accuracy": "of patches",
+    "mae": "MAE",
+    "rmse": "RMSE",
+    "pearson": "Pearson",
+    "spearman": "Spearman",
+    "kendall": "Kendall",
+    "best_mae": "best epoch's MAE",
+    "pearson_logistic5": "Pearson (logistic fit)",
+    "mae_logistic5": "MAE (logistic fit)",
+    "rmse_logistic5": "RMSE (logistic fit)",
+}
 
 
 def aggregate(rows: Iterable[Row], *, baseline: str | None) -> list[Row]:
@@ -225,7 +241,8 @@ def _group(rows: list[Row], baseline: str, markdown: bool) -> list[str]:
     counts = Counter((evaluation, metric) for evaluation, _, metric in keys)
     deep = [key for key in keys if counts[key[0], key[2]] > 1]
     single = [key for key in keys if key not in deep and key != first]
-    beside = [key for key in single if key[2] == first[2] or key[0] == "pretext"]
+    beside = [key for key in single if key[2] in (first[2], *BESIDE) and key[0] == first[0] or key[0] == "pretext"]
+    beside += [key for key in single if key[2] == first[2] and key not in beside]
     legend = f"; ▲ better, ▼ worse than {baseline}" if any(separated(row) is not None for row in rows) else ""
 
     def lines(shown: dict[Key, str], *more: Column, marks: bool = True) -> str:
@@ -236,20 +253,24 @@ def _group(rows: list[Row], baseline: str, markdown: bool) -> list[str]:
     more = [_changes(f"difference to {baseline}", answers, baseline)] if any(r["difference"] for r in rows) else []
     more += _budget(answers)
     kind = "mean ± half-width of the 95 % interval" if any(row["ci95"] for row in rows) else "one seed"
-    parts = [f"{_word(first[2]).capitalize()}{' in per cent' if first[2] in FRACTIONS else ''}, {kind}"]
-    parts.append(lines({key: _head(key, first[2]) for key in (*beside, first)}, *more, marks=False))
+    scored = first[2] not in FRACTIONS  # then metrics are told apart, and the one evaluation needs no name
+    title = _word(first[2]) + (" correlation" if scored else " in per cent")
+    parts = [f"{title[0].upper()}{title[1:]}, {kind}"]
+    heads = {key: _word(key[2]) if scored and key[0] == first[0] else _head(key, first[2]) for key in (first, *beside)}
+    heads = heads if scored else {key: heads[key] for key in (*beside, first)}
+    parts.append(lines(heads, *more, marks=False))
     for evaluation, metric in dict.fromkeys((key[0], key[2]) for key in deep):
         blocks = {key: str(key[1]) for key in deep if (key[0], key[2]) == (evaluation, metric)}
         parts += [f"By block: {_head((evaluation, None, metric), first[2])}{legend}", lines(blocks)]
-    if rest := {key: _head(key, "") for key in single if key not in beside}:
+    if rest := {key: _word(key[2]) if scored else _head(key, "") for key in single if key not in beside}:
         parts += [f"Further measures{legend}", lines(rest)]
     return parts
 
 
 def _primary(keys: list[Key]) -> Key:
-    """What the answer is read from: the last evaluation as shown, its accuracy if it has one, its last block."""
+    """What the answer is read from: the last evaluation as shown, its accuracy or rank correlation, its last block."""
     metrics = [key[2] for key in keys if key[0] == keys[-1][0]]
-    metric = "accuracy" if "accuracy" in metrics else metrics[0]
+    metric = next((name for name in ("accuracy", "spearman") if name in metrics), metrics[0])
     return [key for key in keys if (key[0], key[2]) == (keys[-1][0], metric)][-1]
 
 

@@ -89,7 +89,20 @@ def test_interval_by_hand():
 def test_rows_have_the_fields_of_summary_json_and_keep_their_order():
     rows = report.aggregate(run(), baseline="scratch")
     assert list(rows[0]) == (
-        ["arm", "input", "labels", "split", "evaluation", "block", "metric", "seeds", "values", "mean", "ci95", "difference"]
+        [
+            "arm",
+            "input",
+            "labels",
+            "split",
+            "evaluation",
+            "block",
+            "metric",
+            "seeds",
+            "values",
+            "mean",
+            "ci95",
+            "difference",
+        ]
         + ["images", "pixels", "seconds", "chosen_on_test"]
     )
     assert list(dict.fromkeys(r["arm"] for r in rows)) == list(VALUES)
@@ -157,7 +170,7 @@ def test_a_value_that_is_not_finite_is_named_and_gives_no_mean():
     assert found["values"] == [0.9, None] and found["undefined"] == "not finite in seed 1"
     assert found["mean"] is found["ci95"] is found["difference"] is None
     text = report.table(summary(rows, seeds=(0, 1)))
-    assert "undefined" in text and "rotnet, fine-tune pearson: not finite in seed 1" in text
+    assert "undefined" in text and "rotnet, fine-tune Pearson: not finite in seed 1" in text
 
 
 def test_two_values_of_one_seed_are_an_error():
