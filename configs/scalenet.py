@@ -86,7 +86,8 @@ def tiny(config):
     """The same in seconds, with a network of three convolutions, since compiling takes longest here."""
     embedded(config)
     config.data = dict(name="digits", test=360, validation=0.0)
-    config.model = dict(name="patchnet", patch=8, first=(16,), widths=(32,), hidden=(32, 16), adaptive_pool=True)
+    small = dict(first=(16,), widths=(32,), hidden=(32, 16), dropout=0.0)
+    config.model = dict(name="patchnet", patch=8, adaptive_pool=True, **small)
     config.inputs = ordered(original=())
     config.subsets = ordered(unlabelled=amount(total=128))
     config.stages = small_batches(four_arms(half=(0.1, 2), full=(0.05, 1), downstream=downstream(0.05, 4)))

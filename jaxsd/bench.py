@@ -1,8 +1,9 @@
-"""Speed, one JSON object per line: `python -m jaxsd.bench step|recipe ...`.
+"""Speed, one JSON object per line: `python -m jaxsd.bench step|recipe|patches ...`.
 
 step: one training step of a backbone on random inputs. recipe: a whole ScaleNet run (rotation at growing scales, then
-fine-tuning on a few labels). With --against=PYTHON both are also run in PyTorch, by the script --peer with that
-interpreter, in turn with ours and in fresh processes; `ratio` is the peer's time over ours: above 1 is faster here.
+fine-tuning on a few labels). patches: the late stages of a patch ladder, or its memory. With --against=PYTHON the first
+two are also run in PyTorch, by the script --peer with that interpreter, in turn with ours and in fresh processes;
+`ratio` is the peer's time over ours: above 1 is faster here.
 """
 
 import argparse
@@ -16,10 +17,11 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+from jaxsd import bench_patches
 from jaxsd.errors import RunError, UserError
 
 Line = dict[str, Any]
@@ -58,6 +60,7 @@ def flags() -> argparse.ArgumentParser:
     recipe.add_argument("--finetune-rate", type=float, default=0.01)
     recipe.add_argument("--labels-per-class", type=int, default=10)
     recipe.add_argument("--batch", type=int, default=128)
+    bench_patches.add_flags(commands.add_parser("patches", help="what a patch ladder costs"))
     for command, peer in ((step, "torch_step.py"), (recipe, "torch_rotnet.py")):
         command.add_argument("--threads", type=int, default=2, help="processor cores that each side may use")
         command.add_argument("--against", metavar="PYTHON", help="interpreter that has torch")
@@ -71,7 +74,9 @@ def main(argv: list[str]) -> int:
     try:
         given = flags().parse_args(argv)
         _bind(given.threads)
-        if given.against:
+        if given.command == "patches":
+            lines: Iterable[Line] = bench_patches.lines(given)
+        elif given.against:
             lines = _compare_steps(given) if given.command == "step" else _compare_recipes(given)
         else:
             lines = [_step(given) if given.command == "step" else _recipe(given)]

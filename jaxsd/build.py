@@ -63,8 +63,8 @@ STAGE_KEYS = (
 )  # fmt: skip
 BESIDE = ("trunk", "average", "best_test")
 CONFIG_KEYS = (
-    "name", "preset", "data", "pretext_data", "inputs", "splits", "subsets", "labels", "model", "stages", "arms", "probe",
-    "evaluations", "seeds", "baseline", "attention", "save_seconds",
+    "name", "preset", "data", "pretext_data", "inputs", "splits", "subsets", "labels", "model", "stages", "arms",
+    "probe", "evaluations", "seeds", "baseline", "attention", "save_seconds",
 )  # fmt: skip
 
 Config = Mapping[str, Any]

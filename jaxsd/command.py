@@ -53,8 +53,10 @@ def run(
     pretext = build.load_pretext(config, splits)
     scored = splits.train.scores is not None
     recipe = build.recipe(config, splits.train.shape, len(splits.train.classes), scored=scored)
-    ways = {name: part(splits, **way, seed=recipe.seeds[0]) for name, way in recipe.splits.items()}
-    parted: Mapping[str | None, Splits] = ways or {None: splits}
+    ways: dict[str | None, Splits] = {
+        name: part(splits, **way, seed=recipe.seeds[0]) for name, way in recipe.splits.items()
+    }
+    parted = ways or {None: splits}
     copies, shared = leaks(parted, pretext), shared_scenes(parted)
     if copies:
         log.warning("%d test images are pixel-equal to training images: results will be too good", copies)

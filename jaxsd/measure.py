@@ -51,7 +51,7 @@ def _cached(experiment: Experiment, what: list[Any], compute: Callable[[], Rows]
     return rows
 
 
-def _row(metric: str, value: float, n: int, block: str | None = None) -> dict[str, Any]:
+def _row(metric: str, value: float | None, n: int, block: str | None = None) -> dict[str, Any]:
     return {"block": block, "metric": metric, "value": value, "n": n}
 
 
@@ -105,13 +105,14 @@ def _predicted(name: str, experiment: Experiment, cell: Cell, runs: list[Run]) -
         trained, viewed = experiment.trained(cell, runs), stage.view(test)
         collections = trained.extra["model"]
         outputs = predict(stage.model, trained.params, collections, viewed.images, grid=viewed.grid)
+        labels = np.asarray(test.labels)
         if isinstance(outputs, dict):
-            found = {block: classification(scores, test.labels, test.classes) for block, scores in outputs.items()}
+            found = {block: classification(scores, labels, test.classes) for block, scores in outputs.items()}
             return [_row("accuracy", metrics["accuracy"], len(test), block) for block, metrics in found.items()]
         answers = averaged(outputs, viewed.patches, stage.average)
         rows = _judged(answers * stage.objective.scale, test)
         if viewed.patches > 1 and test.scores is None:
-            alone = classification(outputs, np.repeat(test.labels, viewed.patches), test.classes)["accuracy"]
+            alone = classification(outputs, np.repeat(labels, viewed.patches), test.classes)["accuracy"]
             rows.append(_row("patch_accuracy", alone, len(viewed)))
         if stage.best_test:
             rows.append(_best(experiment, runs[-1], test))
@@ -124,13 +125,14 @@ def _predicted(name: str, experiment: Experiment, cell: Cell, runs: list[Run]) -
 def _judged(answers: np.ndarray, test: Source) -> Rows:
     """Answers [N, K] for test images against their labels, or [N, 1] against their scores."""
     if test.scores is None:
-        rows = [_row(k, v, len(test)) for k, v in classification(answers, test.labels, test.classes).items()]
-        rows[0]["per_class"] = per_class(answers.argmax(-1), test.labels, test.classes)
+        labels = np.asarray(test.labels)
+        rows = [_row(k, v, len(test)) for k, v in classification(answers, labels, test.classes).items()]
+        rows[0]["per_class"] = per_class(answers.argmax(-1), labels, test.classes)
         return rows
     predictions = answers[:, 0]
     rows = [_row(k, v, len(test)) for k, v in regression(predictions, test.scores).items()]
     reason = undefined(predictions, test.scores)
-    rows = [row if row["value"] is not None else {**row, "undefined": reason or "the fit failed"} for row in rows]
+    rows = [row if row["value"] is not None else {**row, "undefined": reason or "fewer than 6 images"} for row in rows]
     if test.kinds:
         rows[0]["per_kind"] = per_kind(predictions, test.scores, test.kinds)
     rows[0]["predictions"], rows[0]["scores"] = predictions.tolist(), test.scores.tolist()
@@ -155,8 +157,8 @@ def _without_network(experiment: Experiment, cell: Cell) -> Rows:
     def compute() -> Rows:
         here, there = image_statistics(train.images), image_statistics(test.images)
         if test.scores is not None:
-            return _judged(ridge_regression(here, train.scores, there)[:, None], test)
-        return _judged(ridge(here, train.labels, there, classes=test.classes).scores, test)
+            return _judged(ridge_regression(here, np.asarray(train.scores), there)[:, None], test)
+        return _judged(ridge(here, np.asarray(train.labels), there, classes=test.classes).scores, test)
 
     rows = _cached(experiment, ["statistics", train_print, test.fingerprint()], compute)
     return [{**row, "images": len(train), "pixels": 0, "seconds": 0.0} for row in rows]

@@ -45,7 +45,7 @@ def _attention(experiment: Experiment, cells: list[Cell]) -> bool:
 
 def _scores(experiment: Experiment, cells: list[Cell], rows: Rows, summary: dict[str, Any]) -> list[str]:
     """Predicted against true scores, the metric over the ladder's steps, and the map of one image's patches."""
-    unit, workdir = summary["data"]["score"] or "", experiment.workdir
+    unit, workdir = (summary["data"]["score"] or "").partition(",")[0], experiment.workdir
     place = dict(zip(("arm", "input", "labels", "seed", "split"), cells[0], strict=True))
     del place["arm"]
     here = [row for row in rows if all(row.get(name) == value for name, value in place.items())]

@@ -236,7 +236,7 @@ def run_stage(
     """
     stop = stop or loop.Stop()
     if workdir is None:
-        return _train(run, source, parent, (validation, test), loop.Watch(stop=stop), None)
+        return train_run(run, source, parent, loop.Watch(stop=stop), (validation, test))
     if not run.stage.spec:
         raise UserError(f"stage {run.stage.name!r}: give a spec, by which its weights are known again in a workdir")
     folder = run.folder(workdir)
@@ -253,19 +253,20 @@ def run_stage(
         events = Path(workdir, "events", *run.path, f"seed{run.seed}")
         watch.on_epoch = tensorboard(events)
         try:
-            return _train(run, source, parent, (validation, test), watch, folder)
+            return train_run(run, source, parent, watch, (validation, test), folder)
         finally:
             checkpoints.close()
 
 
-def _train(
+def train_run(
     run: Run,
     source: Source,
     parent: Trained | None,
-    checks: tuple[Source | None, Check | None],
     watch: loop.Watch,
-    folder: Path | None,
+    checks: tuple[Source | None, Check | None] = (None, None),
+    folder: Path | None = None,
 ) -> Trained:
+    """`run_stage` without its care for the workdir: starts the network, computes the trunk, runs the loop."""
     stage, (validation, test) = run.stage, checks
     viewed = stage.view(source)
     state, lines = start(stage, run.key(), viewed, run.standard, parent)

@@ -62,6 +62,7 @@ MAY_IMPORT = {
     "command": ("workdir", "tuning", "report", "data", "train.loop", "recipe", "measure", "pictures", "build"),
     "check_data": ("figures", "data", "recipe", "build"),
     "main": ("*",),
+    "bench_patches": ("tuning", "data", "views", "models", "objectives", "train", "stage"),
     "bench": ("*",),
     "check": ("*",),
 }
