@@ -16,8 +16,8 @@
 The times of `live` to `indoor67` are estimates.
 
 Arms: `patch32` and so on (the ladder up to that size: what stands below the newest block is frozen, section 2), the
-last of them being the method; `scratch` (the last network, nothing frozen, the same epochs); `scratch_matched` (until the
-whole ladder's pixels are spent; ours); `statistics` (ridge on hand-made statistics, no network: ours).
+last of them being the method; `scratch` (the last network, nothing frozen, the same epochs); `scratch_matched` (until
+the whole ladder's pixels are spent; ours); `statistics` (ridge on hand-made statistics, no network: ours).
 
 "ours" marks what the paper leaves open. Ours everywhere: the network (3x3 convolutions, every step ending in a map of
 4x4), patches side by side, the L1 loss, batches of 128 halved with every step down to 8, and no augmentation.
@@ -94,7 +94,7 @@ def live(config):
     """
     config.data = dict(name="live", path=config_dict.placeholder(str), size=512, canvas="reflect")
     config.splits = both()
-    config.model = dict(name="patchnet", patch=32, widths=(128, 256, 256, 512))
+    config.model = network(32, (128, 256, 256, 512))
     growing(config, (32, 64, 128, 256, 512), regression(), epochs=80, batch=128)
 
 
@@ -132,7 +132,7 @@ def indoor67(config):
     patches' probabilities (ours).
     """
     config.data = dict(name="indoor67", path=config_dict.placeholder(str), size=256)
-    config.model = dict(name="patchnet", patch=64, widths=(256, 256))
+    config.model = network(64, (256, 256))
     growing(config, (64, 128, 256), dict(name="supervised"), epochs=80, batch=128)
 
 
@@ -148,7 +148,7 @@ def folder(config):
         test=0.2,  # where there is no test folder
         on_bad_image="error",
     )
-    config.model = dict(name="patchnet", patch=16, widths=(128, 256))
+    config.model = network(16, (128, 256))
     growing(config, (16, 32, 64), dict(name="supervised"), epochs=20, batch=128)
 
 
@@ -167,8 +167,14 @@ def rotation_then_patches(config):
 def ours(config):
     """Images of 256 pixels without named scenes: a split of the images, four steps."""
     config.splits = ordered(by_image=dict(by="image", test=0.2))
-    config.model = dict(name="patchnet", patch=32, widths=(128, 256, 256))
+    config.model = network(32, (128, 256, 256))
     growing(config, (32, 64, 128, 256), regression(), epochs=80, batch=128)
+
+
+def network(patch, widths):
+    """The network, all ours: channels of the first block by the smallest patch, then of each further block."""
+    first = {16: (32, 64), 32: (32, 64, 128), 64: (32, 64, 128, 128)}[patch]
+    return dict(name="patchnet", patch=patch, first=first, widths=widths, hidden=(512, 256), dropout=0.5)
 
 
 def growing(config, sizes, objective, epochs, batch):
