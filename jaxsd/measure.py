@@ -14,7 +14,7 @@ from jaxsd.evaluate.probes import knn, ridge, ridge_regression
 from jaxsd.evaluate.regression import per_kind, regression, undefined
 from jaxsd.evaluate.statistics import image_statistics
 from jaxsd.recipe import Cell, Experiment
-from jaxsd.stage import Run, data_of, done
+from jaxsd.stage import Run, Stage, data_of, done
 from jaxsd.train.loop import evaluate
 from jaxsd.workdir import Journal, fingerprint, read_json, write_json
 
@@ -179,9 +179,9 @@ def _on_features(name: str, classify: Callable[..., np.ndarray]) -> Callable[[Ex
 
         def features() -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
             trained = experiment.trained(cell, runs) if runs else experiment.untrained(cell, stage)
-            viewed = (stage.view(source).images for source in (train, test))
             here, there = (
-                block_features(stage.model, trained.params, trained.extra["model"], images) for images in viewed
+                block_features(stage.model, trained.params, trained.extra["model"], viewed.images, grid=viewed.grid)
+                for viewed in (stage.view(source) for source in (train, test))
             )
             return here, there
 
@@ -216,10 +216,17 @@ def attention_images(experiment: Experiment, cell: Cell) -> np.ndarray:
     return test.images[np.sort(rows)[:: max(1, len(rows) // SHOWN)][:SHOWN]]
 
 
+def _shown_patches(experiment: Experiment, cell: Cell, stage: Stage) -> bool:
+    return stage.view(experiment.viewed(cell).splits.train.take([0])).grid is not None
+
+
 def attention(experiment: Experiment, cell: Cell) -> dict[str, np.ndarray] | None:
-    """Grad-CAM maps of the pretext network's first three blocks for the answer that it gives; None without one."""
+    """Grad-CAM maps of the pretext network's first three blocks for the answer that it gives.
+
+    None without such a network, or where it is shown patches and not whole images.
+    """
     runs = _pretext_runs(experiment, cell)
-    if not runs:
+    if not runs or _shown_patches(experiment, cell, runs[-1].stage):
         return None
     trained, model = experiment.trained(cell, runs), runs[-1].stage.model
     images, params, collections = attention_images(experiment, cell), trained.params, trained.extra["model"]

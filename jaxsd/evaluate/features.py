@@ -75,10 +75,20 @@ def predict(
 
 
 def block_features(
-    model: nn.Module, params: Tree, collections: Tree, images: np.ndarray, *, batch_size: int = 256
+    model: nn.Module,
+    params: Tree,
+    collections: Tree,
+    images: np.ndarray,
+    *,
+    grid: Grid | None = None,
+    batch_size: int = 256,
 ) -> dict[str, np.ndarray]:
     """Features {block: float32 [N, D]} of uint8 images, in inference mode, every block in one pass.
 
     Maps are averaged over the largest square grid that leaves at most 2,048 numbers per image; vectors stay whole.
+    With a grid of patches, the means over each image's patches.
     """
-    return _over(model, params, collections, images, batch_size, 1)
+    found = _over(model, params, collections, images, batch_size, 1, grid)
+    if grid is None:
+        return found
+    return {name: values.reshape(len(images), -1, values.shape[-1]).mean(1) for name, values in found.items()}
