@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 
 import jax
 import numpy as np
@@ -243,6 +244,28 @@ def test_a_ladder_is_measured_by_scene_and_by_image(tmp_path):
     assert shown["n"] == 8 and shown["images"] == 3 * 32 * 4 + 3 * 32 and shown["pixels"] == 2 * 3 * 32 * 16 * 16
     assert found["scratch", "by_scene", "mae", 0]["pixels"] == shown["pixels"]
     assert len(list(tmp_path.rglob("patch8/seed*/done.json"))) == 4  # shared by patch8 and patch16
+
+
+def test_a_stage_copied_alone_is_built_upon(tmp_path):
+    """The checkpoint of one step, moved to another workdir, is all that the next step needs."""
+    recipe = Recipe(
+        name="ladder",
+        arms={"patch8": (FIRST,), "patch16": (FIRST, SECOND)},
+        evaluations=("finetune",),
+        baseline="patch8",
+        seeds=(0,),
+        splits={"by_scene": {"by": "group"}},
+    )
+    splits = Splits("noise", source_of(count=40), None, None)
+    here, there = (Experiment(recipe, splits, tmp_path / name) for name in ("here", "there"))
+    one, two = here.cells()
+    here.train(one)
+    (done,) = (tmp_path / "here").rglob("done.json")
+    shutil.copytree(done.parent, tmp_path / "there" / done.parent.relative_to(tmp_path / "here"))
+    there.train(two)
+    trained = there.trained(two, there.runs(two))
+    assert (tmp_path / "there" / done.relative_to(tmp_path / "here")).read_bytes() == done.read_bytes()
+    same(trained.params["block1"], here.trained(one, here.runs(one)).params["block1"])
 
 
 def test_scores_of_patches_lie_where_the_patches_are(first):
