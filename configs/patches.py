@@ -26,8 +26,6 @@ the whole ladder's pixels are spent; ours); `statistics` (ridge on hand-made sta
 import ml_collections
 from ml_collections import config_dict
 
-HEAD = ("fc1", "fc2", "head")
-
 
 def get_config(preset=None):
     """The config of a preset; every value can be overridden by --config.KEY=VALUE."""
@@ -128,7 +126,8 @@ def indoor67(config):
     """Table 2 (section 3.2): 67 classes, the official 80 + 20 images of each, resized to 256 pixels.
 
     Expected, per cent: patch64 37.71; patch128 38.83; patch256 42.95; scratch 39.88, each the best test epoch of 80:
-    --config.stages.patch256.best_test=True adds that number, marked. The answer for an image is the mean of its
+    --config.stages.patch256.best_test=True, and so for every other stage, adds that number, marked. The answer for an
+    image is the mean of its
     patches' probabilities (ours).
     """
     config.data = dict(name="indoor67", path=config_dict.placeholder(str), size=256)
@@ -158,15 +157,15 @@ def rotation_then_patches(config):
     stages, arms = config.stages.to_dict(), config.arms.to_dict()
     first, *rest = arms["patch32"]
     stages["rotation"] = {**stages[first], "objective": dict(name="rotation"), "on": "unlabelled"}
-    stages["turned"] = {**stages[first], "fresh": HEAD}
+    stages["turned"] = {**stages[first], "fresh": ("top",)}
     config.stages = stages
     config.arms = ordered(**arms, rotation_then_patch32=("rotation", "turned", *rest))
     config.evaluations = ("pretext", "finetune")
 
 
 def ours(config):
-    """Images of 256 pixels without named scenes: a split of the images, four steps."""
-    config.splits = ordered(by_image=dict(by="image", test=0.2))
+    """Without named scenes, so images are split at random; resized to 256 pixels, while scores are of the full size."""
+    config.splits = ordered(random=dict(by="image", test=0.2))
     config.model = network(32, (128, 256, 256))
     growing(config, (32, 64, 128, 256), regression(), epochs=80, batch=128)
 
@@ -187,7 +186,7 @@ def growing(config, sizes, objective, epochs, batch):
             model=dict(grow=step + 1),
             view=(dict(name="patches", size=size),),
             freeze=tuple(f"block{i + 1}" for i in range(step)),
-            fresh=(f"block{step + 1}", *HEAD) if step else (),
+            fresh=(f"block{step + 1}", "top") if step else (),
             augment=(),
             optimiser=dict(name="adam"),  # section 3.1
             schedule=dict(name="steps", rate=0.001, factor=0.1, shares=(0.375, 0.75)),  # epochs 30 and 60 of 80

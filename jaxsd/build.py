@@ -10,13 +10,14 @@ from jaxsd import data, models
 from jaxsd.data.source import Source, Splits
 from jaxsd.data.split import split, subset
 from jaxsd.errors import UserError
+from jaxsd.evaluate import answers
 from jaxsd.models.probe import LinearProbe
 from jaxsd.objectives.regression import regression
 from jaxsd.objectives.rotation import TURNS, rotation
 from jaxsd.objectives.supervised import supervised
 from jaxsd.recipe import EVALUATIONS, Recipe
 from jaxsd.stage import Stage
-from jaxsd.train import optimiser, schedule
+from jaxsd.train import optimiser, schedule, trunk
 from jaxsd.views import augment, view
 
 DATA = {
@@ -93,21 +94,21 @@ def _has_pretext(spec: Config | None) -> bool:
 
 
 def recipe(
-    config: Config, shape: tuple[int, int, int] = (32, 32, 3), classes: int = 10, *, scored: bool = False
+    config: Config, shape: tuple[int, int, int] = (32, 32, 3), classes: int = 10, *, scored: bool | None = None
 ) -> Recipe:
     """The recipe that a config (as a plain dict) describes, for images of a shape [H, W, C] and so many classes.
 
-    scored: the images have scores, or labels after all, so that the downstream part can be trained.
+    scored: whether the images have scores; None where that is not known yet.
 
     Raises UserError at anything that the functions named in it would not take; no data are read.
     """
     try:
-        return _recipe(config, shape, classes, bool(classes) or scored)
+        return _recipe(config, shape, classes, scored)
     except (TypeError, ValueError, AttributeError, KeyError) as error:  # a value of the wrong kind, somewhere inside
         raise UserError(f"the config has a value that does not fit ({type(error).__name__}: {error})") from error
 
 
-def _recipe(config: Config, shape: tuple[int, int, int], classes: int, labelled: bool) -> Recipe:
+def _recipe(config: Config, shape: tuple[int, int, int], classes: int, scored: bool | None) -> Recipe:
     _known(config, CONFIG_KEYS, "config")
     if not config["seeds"] or not all(isinstance(seed, int) and seed >= 0 for seed in config["seeds"]):
         raise UserError(f"seeds must be whole numbers such as (0, 1, 2), got {config['seeds']!r}")
@@ -128,10 +129,18 @@ def _recipe(config: Config, shape: tuple[int, int, int], classes: int, labelled:
         for stage in arm:
             _pick(stages, stage, f"arm {name!r}: stage")
     arms = {name: tuple(stages[stage] for stage in arm) for name, arm in config["arms"].items()}
-    if not labelled:  # nothing is labelled: what is left is the pretext part
+    if not classes and not scored:  # nothing is labelled: what is left is the pretext part
         cut = {name: tuple(stage for stage in arm if not stage.downstream) for name, arm in arms.items()}
         arms = {name: arm for name, arm in cut.items() if arm}
+        if not arms:
+            raise UserError(
+                "nothing is labelled or scored, and no arm has a pretext stage: use class folders or scores"
+            )
     used = {stage.name: stage for arm in arms.values() for stage in arm}
+    for name, stage in used.items():
+        _check_answers(name, config["stages"][name]["objective"]["name"], stage, classes, scored)
+    if any(part["name"] == "patches" for parts in config["inputs"].values() for part in parts):
+        raise UserError("inputs: patches are a stage's view, not an input of all stages: give them to the stages")
     for stage in stages.values():
         _pick({"labelled": None, **config["subsets"]}, stage.on, f"stage {stage.name!r}: on")
         for name in stage.match if stage.name in used else ():
@@ -155,6 +164,16 @@ def _recipe(config: Config, shape: tuple[int, int, int], classes: int, labelled:
         **amounts,
         probes=probes,
     )
+
+
+def _check_answers(name: str, objective: str, stage: Stage, classes: int, scored: bool | None) -> None:
+    """Raises UserError where a stage asks for what the images do not have."""
+    if objective == "supervised" and not classes:
+        raise UserError(f"stage {name!r} learns classes, but the images have none: take the objective 'regression'")
+    if objective == "regression" and scored is False:
+        raise UserError(f"stage {name!r} learns scores, but the images have none: take the objective 'supervised'")
+    if stage.best_test and not stage.downstream:
+        raise UserError(f"stage {name!r}: best_test is for stages on 'labelled' images")
 
 
 def _splits(parts: Config) -> Config:
@@ -226,7 +245,12 @@ class _Builder:
             if not isinstance(part.get(key, 1), int) or part.get(key, 1) < 1:
                 raise UserError(f"{where}: {key} must be a whole number of 1 or more, got {part[key]!r}")
         names = ("on", "batch_size", "epoch_images", "drop_last", "match", "fresh", "freeze", *BESIDE)
+        _pick(dict.fromkeys(trunk.PLACES), part.get("trunk", "auto"), f"{where}: trunk")
+        _pick(dict.fromkeys(answers.AVERAGES), part.get("average", "probability"), f"{where}: average")
         plain = {k: part[k] for k in names if k in part}
+        plain["fresh"] = tuple(
+            one for name in part.get("fresh", ()) for one in (_top(model) if name == "top" else [name])
+        )
         spec = {k: v for k, v in part.items() if k not in ("epochs", "match", "on", "trunk", "average")}
         return Stage(
             name=name,
@@ -241,6 +265,12 @@ class _Builder:
             spec=json.loads(json.dumps({"network": network, **spec})),
             **plain,
         )
+
+
+def _top(model: Any) -> list[str]:
+    """What stands behind a network's blocks: its dense layers and head."""
+    last = model.parts.index(model.blocks[-1])
+    return list(model.parts[last + 1 :])
 
 
 def _optimiser(spec: Config, where: str) -> Any:

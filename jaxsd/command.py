@@ -14,11 +14,13 @@ from jaxsd.data.source import Source, Splits, describe
 from jaxsd.data.split import duplicates, part, shared_groups
 from jaxsd.errors import UserError
 from jaxsd.measure import measure
-from jaxsd.recipe import Experiment
+from jaxsd.recipe import Experiment, Recipe
 from jaxsd.train.loop import Stop
 from jaxsd.workdir import fingerprint, log, start_log, write_json
 
 Config = dict[str, Any]
+WAYS = {"group": "scene", "image": "image"}
+Parted = Mapping[tuple[str, int] | None, Splits]  # by split and seed
 
 
 def stop_on_signals(signals: Iterable[int]) -> Stop:
@@ -53,10 +55,7 @@ def run(
     pretext = build.load_pretext(config, splits)
     scored = splits.train.scores is not None
     recipe = build.recipe(config, splits.train.shape, len(splits.train.classes), scored=scored)
-    ways: dict[str | None, Splits] = {
-        name: part(splits, **way, seed=recipe.seeds[0]) for name, way in recipe.splits.items()
-    }
-    parted = ways or {None: splits}
+    parted = parts(recipe, splits)
     copies, shared = leaks(parted, pretext), shared_scenes(parted)
     if copies:
         log.warning("%d test images are pixel-equal to training images: results will be too good", copies)
@@ -74,17 +73,29 @@ def run(
     summary = heading(config, recipe.baseline, next(iter(parted.values())), pretext, copies)
     summary["rows"] = report.aggregate(rows, baseline=recipe.baseline)
     summary["notes"] += shared + report.gaps(summary["rows"])
-    known = report.load(workdir) if not missing and (workdir / "summary.json").exists() else {}
-    names = known.get("pictures", ())
-    if not known or not all((workdir / name).exists() for name in names):
+    known = report.load(workdir) if not missing and (workdir / "summary.json").exists() else {"rows": None}
+    names = known.get("pictures", [])
+    if known["rows"] != report.plain(summary["rows"]) or not names or not all((workdir / n).exists() for n in names):
         names = pictures.draw(experiment, cells, rows, summary, maps=config["attention"])
-    summary["pictures"] = list(names)
+    summary["pictures"] = names
     report.write(workdir, summary)
     print(report.table(summary))
     return summary
 
 
-def leaks(parted: Mapping[str | None, Splits], pretext: Source | None) -> int | None:
+def parts(recipe: Recipe, splits: Splits) -> dict[tuple[str, int] | None, Splits]:
+    """The data as every split and seed of the recipe parts them, or as they are."""
+    if recipe.splits and splits.test is not None:
+        raise UserError(
+            f"{splits.name} has test images of its own, which splits ({', '.join(recipe.splits)}) would leave out: "
+            "hold none out (--config.data.test=0) or take the splits out of the config"
+        )
+    ways = recipe.splits.items()
+    found = {(name, seed): part(splits, **way, seed=seed) for seed in recipe.seeds for name, way in ways}
+    return {**found} or {None: splits}
+
+
+def leaks(parted: Parted, pretext: Source | None) -> int | None:
     """How many test images are pixel-equal to one that something is trained on; None without test images.
 
     Of several splits the most.
@@ -97,15 +108,16 @@ def leaks(parted: Mapping[str | None, Splits], pretext: Source | None) -> int | 
     return max(counts, default=None)
 
 
-def shared_scenes(parted: Mapping[str | None, Splits]) -> list[str]:
+def shared_scenes(parted: Parted) -> list[str]:
     """A line for each split with scenes on both sides."""
-    lines = []
-    for name, splits in parted.items():
+    lines = {}
+    for key, splits in parted.items():
+        name = f"split {key[0]}" if key is not None else "the data's own split"
         count = shared_groups(splits.train, splits.test) if splits.test is not None else 0
-        if count:
+        if count and name not in lines:
             of = f"{count} of {len(splits.test or ())} test images show a scene that is also trained on"
-            lines.append(f"split {name}: {of}, so its results are too good")
-    return lines
+            lines[name] = f"{name}: {of}, so its results are too good"
+    return list(lines.values())
 
 
 def heading(
@@ -115,6 +127,8 @@ def heading(
     train, test = splits.train, splits.test
     parts = [part.fingerprint() if part is not None else None for part in (train, splits.validation, test, pretext)]
     notes = ["seconds are those of training, compilation included"]
+    if any(view["name"] == "patches" for stage in config["stages"].values() for view in stage.get("view", ())):
+        notes.append("images: of an arm that is shown patches, every patch counts")
     if test is None:
         notes.append("there are no test images: nothing was measured, the trained networks are in the workdir")
     return {
@@ -152,6 +166,10 @@ def protocol(config: Config, splits: Splits) -> str:
         f"{splits.name}: {', '.join(f'{count:,} {name}' for count, name in sizes)} images, "
         + (splits.score or f"{len(splits.train.classes)} classes"),
         config["model"]["name"],
+        *(
+            f"{name}: {way['test']:.0%} held out by {WAYS[way['by']]}, drawn anew for each seed"
+            for name, way in (config.get("splits") or {}).items()
+        ),
         *(f"labels {name}: {_amount(part)}" for name, part in config["labels"].items()),
         *(f"{name} images: {_amount(part)}" for name, part in config["subsets"].items()),
         f"last epoch; seeds {seeds}"

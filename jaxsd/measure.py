@@ -107,7 +107,8 @@ def _predicted(name: str, experiment: Experiment, cell: Cell, runs: list[Run]) -
         outputs = predict(stage.model, trained.params, collections, viewed.images, grid=viewed.grid)
         labels = np.asarray(test.labels)
         if isinstance(outputs, dict):
-            found = {block: classification(scores, labels, test.classes) for block, scores in outputs.items()}
+            answers = {k: averaged(scores, viewed.patches, stage.average) for k, scores in outputs.items()}
+            found = {block: classification(scores, labels, test.classes) for block, scores in answers.items()}
             return [_row("accuracy", metrics["accuracy"], len(test), block) for block, metrics in found.items()]
         answers = averaged(outputs, viewed.patches, stage.average)
         rows = _judged(answers * stage.objective.scale, test)
@@ -132,7 +133,8 @@ def _judged(answers: np.ndarray, test: Source) -> Rows:
     predictions = answers[:, 0]
     rows = [_row(k, v, len(test)) for k, v in regression(predictions, test.scores).items()]
     reason = undefined(predictions, test.scores)
-    rows = [row if row["value"] is not None else {**row, "undefined": reason or "fewer than 6 images"} for row in rows]
+    reason = reason or ("fewer than 6 images" if len(test) < 6 else "a constant fit")
+    rows = [row if row["value"] is not None else {**row, "undefined": reason} for row in rows]
     if test.kinds:
         rows[0]["per_kind"] = per_kind(predictions, test.scores, test.kinds)
     rows[0]["predictions"], rows[0]["scores"] = predictions.tolist(), test.scores.tolist()
@@ -169,7 +171,9 @@ def _on_features(name: str, classify: Callable[..., np.ndarray]) -> Callable[[Ex
 
     def evaluation(experiment: Experiment, cell: Cell) -> Rows:
         runs, test = _pretext_runs(experiment, cell), _test(experiment, cell)
-        if test is None or test.labels is None or not (runs or cell.arm == experiment.recipe.baseline):
+        if test is None or test.labels is None or not experiment.recipe.arms[cell.arm]:
+            return []
+        if not runs and cell.arm != experiment.recipe.baseline:
             return []
         stage = runs[-1].stage if runs else experiment.runs(cell)[-1].stage
         train, train_print = experiment.given(cell, "labelled")

@@ -11,6 +11,8 @@ from jaxsd.evaluate.answers import patch_scores
 from jaxsd.evaluate.regression import logistic5
 from jaxsd.measure import attention, attention_images
 from jaxsd.recipe import Cell, Experiment
+from jaxsd.stage import Stage
+from jaxsd.views.view import patches
 from jaxsd.workdir import log
 
 Rows = Sequence[dict[str, Any]]
@@ -53,7 +55,7 @@ def _scores(experiment: Experiment, cells: list[Cell], rows: Rows, summary: dict
     if not found:
         return []
     _predicted(workdir / "predicted.png", found, here, experiment.viewed(cells[0]).splits.test.kinds, unit)  # type: ignore[union-attr]
-    chain = _ladder(experiment)
+    chain = [arm for arm in _ladder(experiment) if arm in found]
     if len(chain) < 2:
         return ["predicted.png"]
     group = {name: value for name, value in place.items() if name != "seed"}
@@ -89,11 +91,16 @@ def _predicted(path: Path, found: dict[str, Any], rows: Rows, kinds: Sequence[st
 
 
 def _ladder(experiment: Experiment) -> list[str]:
-    """The arms that lead to the one with the most stages on patches, shortest first."""
-    arms = experiment.recipe.arms
-    longest = max(arms.values(), key=len)
-    chain = [name for name, path in arms.items() if path and path == longest[: len(path)]]
-    return sorted(chain, key=lambda name: len(arms[name]))
+    """The arms of the longest ladder: each one stage longer than the one before, all on labelled patches."""
+
+    def climbs(stage: Stage) -> bool:
+        return stage.downstream and any(isinstance(view, patches) for view in getattr(stage.view, "views", ()))
+
+    arms = {name: path for name, path in experiment.recipe.arms.items() if path and all(map(climbs, path))}
+    longest = max(arms.values(), key=len, default=())
+    return sorted(
+        (name for name, path in arms.items() if path == longest[: len(path)]), key=lambda name: len(arms[name])
+    )
 
 
 def _map(experiment: Experiment, cells: dict[str, Cell], unit: str) -> None:

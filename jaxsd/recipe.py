@@ -20,7 +20,7 @@ from jaxsd.stage import Run, Stage, Trained, check_folder, check_names, done, dr
 from jaxsd.train.loop import Stop
 from jaxsd.train.state import State, merge
 from jaxsd.views.view import View, compose
-from jaxsd.workdir import log, write_json
+from jaxsd.workdir import fingerprint, log, write_json
 
 EVALUATIONS = ("pretext", "ridge", "knn", "probe", "finetune")
 KEPT = 4  # trained networks kept in memory for the stages that follow
@@ -172,6 +172,9 @@ class Experiment:
             parent = runs[-1].fingerprint() if runs else None
             stage = self._matched(stage, cell)
             data, standard = self.given(cell, stage.on)[1], self.viewed(cell).standard
+            test = self.viewed(cell).splits.test
+            if stage.best_test and test is not None:  # then the journal holds what was measured on them
+                data = fingerprint([data, test.fingerprint(), stage.average])
             runs.append(Run(stage, tuple(path), cell.seed, data, parent, standard))
         return runs
 

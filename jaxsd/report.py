@@ -92,6 +92,8 @@ def _summary(key: tuple, seeds: dict[int, Row], baseline: str | None, others: di
             seeds[seed].get("undefined", "not finite") for seed in order if _finite(seeds[seed]["value"]) is None
         }
         summary["undefined"] = f"{' and '.join(sorted(reasons))} in seed {lost}"
+    if all(row.get("per_kind") for row in seeds.values()):
+        summary["per_kind"] = _mean_per_kind(part for seed in order for part in seeds[seed]["per_kind"])
     if all(row.get("per_class") for row in seeds.values()):
         summary["per_class"] = _mean_per_class(part for seed in order for part in seeds[seed]["per_class"])
     return summary
@@ -110,7 +112,11 @@ def interval(values: Sequence[float | None]) -> tuple[float | None, list[float] 
 
 
 def gaps(rows: Sequence[Row]) -> list[str]:
-    """What a split by image gains over one by scene, arm by arm: the leak, in words; [] without both."""
+    """What the second of two splits gives more than the first, arm by arm; [] where there are not two.
+
+    Of a split by scene and one by image this is the leak.
+    """
+    rows = [row for row in rows if row["evaluation"] == "finetune"]
     ways = list(dict.fromkeys(row.get("split") for row in rows))
     if len(ways) != 2:
         return []
@@ -131,6 +137,18 @@ def gaps(rows: Sequence[Row]) -> list[str]:
 
 def _finite(value: Any) -> float | None:
     return None if value is None or not math.isfinite(value) else float(value)
+
+
+def _mean_per_kind(rows: Iterable[Row]) -> list[Row]:
+    """Mean correlations and error within each kind of images over the seeds in which they are defined."""
+    kinds: dict[str, list[Row]] = {}
+    for row in rows:
+        kinds.setdefault(row["kind"], []).append(row)
+    return [
+        {"kind": name, "n": round(np.mean([r["n"] for r in seen]))}
+        | {m: interval([r[m] for r in seen if r[m] is not None])[0] for m in ("pearson", "spearman", "mae")}
+        for name, seen in kinds.items()
+    ]
 
 
 def _mean_per_class(rows: Iterable[Row]) -> list[Row]:
@@ -364,7 +382,7 @@ def _notes(summary: Row) -> list[str]:
         notes.append("† chosen on the test images: too good, not to be compared with unmarked numbers")
     copies = summary["data"].get("duplicates_train_test")
     if copies is not None:
-        harm = " (accuracy is too good by up to their share)" if copies else ""
+        harm = " (results are too good)" if copies else ""
         notes.append(f"test images that are pixel-equal to a training image: {copies or 'none'}{harm}")
     for row in rows:
         if row["seeds"] != summary["seeds"]:
@@ -404,14 +422,34 @@ def per_class_table(summary: Row, *, markdown: bool = False) -> str:
     return "\n\n".join(parts) + "\n" if parts else ""
 
 
+def per_kind_table(summary: Row, *, markdown: bool = False) -> str:
+    """Spearman's correlation within each kind of test images; "" where no kinds are named."""
+    parts = []
+    for group, rows in _grouped(row for row in summary["rows"] if row.get("per_kind")).items():
+        known = {row["arm"]: {part["kind"]: part for part in row["per_kind"]} for row in rows}
+        kinds = sorted({kind for parts in known.values() for kind in parts})
+        columns = []
+        for arm, found in known.items():
+            values = [found.get(kind, {}).get("spearman") for kind in kinds]
+            columns.append(Column(arm, ["–" if value is None else _number(value, "spearman") for value in values]))
+        title = ", ".join(["Spearman correlation by kind", *_named(group)])
+        parts += [title, _lines(Column("kind", kinds, right=False), columns, markdown)]
+    return "\n\n".join(parts) + "\n" if parts else ""
+
+
+def plain(value: Any) -> Any:
+    """A value as JSON gives it back: no tuples, no arrays, numbers that are not finite null."""
+    text = json.dumps(value, default=lambda number: number.tolist())  # numpy's numbers and arrays
+    return json.loads(text, parse_constant=lambda name: None)
+
+
 def write(workdir: str | Path, summary: Row) -> None:
     """Writes summary.json and table.md into the workdir, each as a whole or not at all.
 
     Numbers that are not finite become null, so that any JSON reader takes the file.
     """
-    plain = json.dumps(summary, default=lambda number: number.tolist())  # numpy's numbers and arrays
-    text = json.dumps(json.loads(plain, parse_constant=lambda name: None), indent=1, ensure_ascii=False)
-    classes = per_class_table(summary, markdown=True)
+    text = json.dumps(plain(summary), indent=1, ensure_ascii=False)
+    classes = per_class_table(summary, markdown=True) or per_kind_table(summary, markdown=True)
     _replace(Path(workdir) / "table.md", table(summary, markdown=True) + ("\n" + classes if classes else ""))
     _replace(Path(workdir) / "summary.json", text + "\n")
 

@@ -288,8 +288,8 @@ def train_run(
     options = {"grid": viewed.grid, "feed": known.feed if known is not None else None, "watch": watch}
     state = loop.run(state, data, plan, stage.objective, stage.optimiser, stage.augment, **options)
     if folder is not None and watch.journal is not None:
+        trunk.clear(folder / "trunk")  # first: a stage that is done is never looked at again
         write_json(folder / "done.json", _record(run, viewed, watch.journal, plan))
-        trunk.clear(folder / "trunk")
     return Trained(merge(state.params, state.frozen), state.extra)
 
 

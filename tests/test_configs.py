@@ -1,5 +1,6 @@
 """Every preset builds as written, and takes its steps at a tiny size."""
 
+import dataclasses
 import importlib.util
 from pathlib import Path
 
@@ -91,9 +92,11 @@ def test_every_stage_of_a_preset_takes_a_step(name, preset, shared, tmp_path):
         side = 8 << len(config["model"]["widths"])
     random = np.random.default_rng(0)
     images, labels = random.integers(0, 256, (20, side, side, 3), np.uint8), np.arange(20) % 10
-    source = Source(images, labels, scores=labels * 10.0, groups=tuple("abcdefghij"[label] for label in labels))
-    splits = Splits("noise", source, None, source.take(np.arange(10)))
-    recipe = build.recipe(config, splits.train.shape, 10)
+    scored = any(stage.get("objective", {}).get("name") == "regression" for stage in config["stages"].values())
+    source = Source(images, None if scored else labels, scores=labels * 10.0 if scored else None)
+    source = dataclasses.replace(source, groups=tuple("abcdefghij"[label] for label in labels) if scored else ())
+    splits = Splits("noise", source, None, None if config.get("splits") else source.take(np.arange(10)))
+    recipe = build.recipe(config, splits.train.shape, 0 if scored else 10, scored=scored)
     experiment = Experiment(recipe, splits, tmp_path)
     for arm in recipe.arms:
         cell = Cell(arm, list(recipe.inputs)[-1], list(recipe.labels)[0], 0, next(iter(recipe.splits), None))
@@ -104,6 +107,15 @@ def test_every_stage_of_a_preset_takes_a_step(name, preset, shared, tmp_path):
         assert all(np.isfinite(np.asarray(leaf)).all() for leaf in jax.tree.leaves(trained.params))
     done = {path.parent.parent.name for path in tmp_path.rglob("done.json")}
     assert done >= {stage for arm in config["arms"].values() for stage in arm}
+
+
+def test_images_must_have_what_a_stage_asks_for():
+    with pytest.raises(UserError, match="learns scores, but the images have none"):
+        build.recipe(config_of("patches", "scores"), (256, 256, 3), 10, scored=False)
+    with pytest.raises(UserError, match="learns classes, but the images have none"):
+        build.recipe(config_of("patches", "folder"), (64, 64, 3), 0, scored=True)
+    with pytest.raises(UserError, match="nothing is labelled or scored"):
+        build.recipe(config_of("patches", "folder"), (64, 64, 3), 0, scored=False)
 
 
 def test_without_labels_the_pretext_part_is_left():
@@ -151,6 +163,10 @@ def test_the_papers_numbers_stand_in_the_presets():
         (lambda c: c.update(seeds=("a",)), "seeds must be whole numbers"),
         (lambda c: c["data"].update(name="mnist"), "choose from mnist5k"),
         (lambda c: c.update(stages=3), "does not fit"),
+        (lambda c: c["stages"]["finetune"].update(trunk="gpu"), "choose from auto"),
+        (lambda c: c["stages"]["finetune"].update(average="mean"), "choose from probability"),
+        (lambda c: c["stages"]["half"].update(best_test=True), "best_test is for stages on 'labelled'"),
+        (lambda c: c["inputs"].update(cut=({"name": "patches", "size": 4},)), "patches are a stage's view"),
     ],
 )
 def test_a_wrong_config_is_named_in_one_line(change, message):

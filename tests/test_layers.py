@@ -57,7 +57,7 @@ MAY_IMPORT = {
     "stage": ("workdir", "data", "views", "models.forward", "objectives.objective", "train"),
     "recipe": ("workdir", "data.source", "data.split", "views.view", "train", "evaluate", "stage"),
     "measure": ("workdir", "figures", "data.source", "evaluate", "train.loop", "stage", "recipe"),
-    "pictures": ("workdir", "figures", "figures_scores", "evaluate", "recipe", "measure"),
+    "pictures": ("workdir", "figures", "figures_scores", "views.view", "evaluate", "stage", "recipe", "measure"),
     "build": ("data", "views", "models", "objectives", "train", "evaluate", "stage", "recipe"),
     "command": ("workdir", "tuning", "report", "data", "train.loop", "recipe", "measure", "pictures", "build"),
     "check_data": ("figures", "data", "recipe", "build"),

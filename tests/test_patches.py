@@ -25,7 +25,7 @@ TX = optimiser.with_rate(optimiser.adam())
 
 def source_of(count=12, side=16, seed=0):
     random = np.random.default_rng(seed)
-    noise = np.repeat(np.arange(count) % 4, 1)
+    noise = np.arange(count) % 4
     images = np.clip(128 + random.normal(size=(count, side, side, 1)) * (10 + 20 * noise[:, None, None, None]), 0, 255)
     groups = tuple(f"scene{i // 4}" for i in range(count))
     return Source(images.astype(np.uint8), scores=10.0 + 20 * noise, groups=groups)
@@ -220,10 +220,12 @@ def test_augmented_images_have_no_fixed_trunk(first, monkeypatch):
 
 def test_a_ladder_is_measured_by_scene_and_by_image(tmp_path):
     source = source_of(count=40)
+    long = {"epochs": 12}
+    one, two = (dataclasses.replace(stage, **long) for stage in (FIRST, SECOND))
     full = dataclasses.replace(step_of("scratch", 2, 16), match=("patch8", "patch16"))
     recipe = Recipe(
         name="ladder",
-        arms={"statistics": (), "scratch": (full,), "patch8": (FIRST,), "patch16": (FIRST, SECOND)},
+        arms={"statistics": (), "scratch": (full,), "patch8": (one,), "patch16": (one, two)},
         evaluations=("finetune",),
         baseline="scratch",
         seeds=(0, 1),
@@ -241,7 +243,9 @@ def test_a_ladder_is_measured_by_scene_and_by_image(tmp_path):
         assert len(splits.train) == 32 and len(splits.test) == 8
         assert (set(splits.train.groups) & set(splits.test.groups) == set()) == (cell.split == "by_scene")
     shown = found["patch16", "by_scene", "mae", 0]
-    assert shown["n"] == 8 and shown["images"] == 3 * 32 * 4 + 3 * 32 and shown["pixels"] == 2 * 3 * 32 * 16 * 16
+    assert shown["n"] == 8 and shown["images"] == 12 * 32 * 5 and shown["pixels"] == 2 * 12 * 32 * 16 * 16
+    for arm in ("patch8", "patch16"):  # the score is the level of noise
+        assert min(found[arm, "by_scene", "spearman", seed]["value"] for seed in (0, 1)) > 0.9
     assert found["scratch", "by_scene", "mae", 0]["pixels"] == shown["pixels"]
     assert len(list(tmp_path.rglob("patch8/seed*/done.json"))) == 4  # shared by patch8 and patch16
 

@@ -7,6 +7,8 @@ import numpy as np
 from jaxsd.data.source import Grid
 from jaxsd.errors import UserError
 
+PIXELS = 1 << 20
+
 
 def epoch_batches(
     key: jax.Array, n: int, batch_size: int, *, repeat: int = 1, drop_last: bool = False
@@ -66,6 +68,14 @@ def _counts(shape: tuple[int, ...], grid: Grid) -> tuple[int, int]:
     """Patches of one image, and how many of them stand beside each other."""
     down, across = grid.sides(*shape[1:3])
     return down * across, across
+
+
+def fitting(batch_size: int, shape: tuple[int, ...]) -> int:
+    """A batch size for inference on samples of a shape (H, W, ...): at most so many, and fewer of large ones.
+
+    At most about a million pixels at a time, so that what is larger than training ever holds cannot run out of memory.
+    """
+    return max(1, min(batch_size, PIXELS // (shape[0] * shape[1])))
 
 
 def _check(n: int, batch_size: int) -> None:

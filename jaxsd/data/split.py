@@ -37,7 +37,7 @@ def split(
 
     by: "group" holds out whole scenes (`Source.groups`), so that no scene is on both sides: of G scenes
     round((1 - test) * G) train. "image" holds out a share of the images, of each class where there are labels, whatever
-    they show. test: the share held out, in (0, 1). Nothing depends on the order of the images but their positions.
+    they show. test: the share held out, in (0, 1).
     Raises UserError where there are no two scenes, or where nothing would be left on a side.
     """
     if not 0 < test < 1:

@@ -9,7 +9,7 @@ import flax.linen as nn
 import jax
 import numpy as np
 
-from jaxsd.data.batches import cut_on_host, ordered_batches
+from jaxsd.data.batches import cut_on_host, fitting, ordered_batches
 from jaxsd.data.source import Grid
 from jaxsd.models.forward import forward
 from jaxsd.models.pool import adaptive_average_pool
@@ -49,7 +49,8 @@ def _over(
 ) -> Any:
     function = _compiled(model)
     count = len(images) * (grid.count(*images.shape[1:3]) if grid is not None else 1)
-    index, masks = ordered_batches(count, min(batch_size, count))
+    batch_size = fitting(batch_size, (grid.size, grid.size) if grid is not None else images.shape[1:])
+    index, masks = ordered_batches(count, batch_size)
     shown = (images[rows] if grid is None else cut_on_host(images, rows, grid) for rows in index)
     parts = [function(params, collections, batch)[part] for batch in shown]
     kept = [

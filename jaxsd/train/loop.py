@@ -15,7 +15,7 @@ import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 from tqdm import tqdm
 
-from jaxsd.data.batches import cut, epoch_batches, ordered_batches
+from jaxsd.data.batches import cut, epoch_batches, fitting, ordered_batches
 from jaxsd.data.source import Grid
 from jaxsd.errors import RunError, Stopped
 from jaxsd.objectives.objective import Objective
@@ -338,6 +338,7 @@ def evaluate(
     batch_size: int = 256,
 ) -> dict[str, float]:
     """Loss and metrics of an objective in inference mode, exact means over all images (or patches) of `data`."""
+    batch_size = fitting(batch_size, (grid.size, grid.size) if grid is not None else data["image"].shape[1:])
     mesh = data_mesh(batch_size)
     patches = grid.count(*data["image"].shape[1:3]) if grid is not None else 1
     index, masks = ordered_batches(len(data["image"]) * patches, batch_size)

@@ -18,7 +18,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from jaxsd.data.batches import ordered_batches
+from jaxsd.data.batches import fitting, ordered_batches
 from jaxsd.data.source import Grid
 from jaxsd.errors import RunError, UserError
 from jaxsd.objectives.objective import Objective
@@ -61,7 +61,7 @@ def compute(
     """
     start, stop = time.monotonic(), stop or Stop()
     count = len(data["image"]) * (grid.count(*data["image"].shape[1:3]) if grid is not None else 1)
-    batch = min(BATCH, count)
+    batch = min(fitting(BATCH, (grid.size, grid.size) if grid is not None else data["image"].shape[1:]), count)
     mesh = data_mesh(batch)
     function = _compiled(objective, mesh, grid)
     params, extra, placed = spread((params, extra, {"image": data["image"]}), mesh)
@@ -119,12 +119,22 @@ def _chosen(place: str, size: int, folder: Path | None) -> str:
         raise UserError("trunk: 'disk' needs a workdir: choose 'host'")
     if place != "auto":
         return place
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else 4 << 30
+    memory = _memory()
     device = jax.local_devices()[0]
     stats = None if device.platform == "cpu" else device.memory_stats()
     if size <= SHARE * (stats["bytes_limit"] if stats else memory):
         return "device"
     return "host" if (stats and size <= SHARE * memory) or folder is None else "disk"
+
+
+def _memory() -> int:
+    """Bytes of memory that this process may have: the machine's, or less in a container."""
+    whole = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else 4 << 30
+    try:
+        limit = Path("/sys/fs/cgroup/memory.max").read_text().strip()
+    except OSError:
+        return whole
+    return min(whole, int(limit)) if limit.isdigit() else whole
 
 
 def _filled(folder: Path, shapes: Tree, stamp: str, batch: int, rows_from: Callable[[int], Any]) -> Tree:
