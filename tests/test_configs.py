@@ -38,7 +38,11 @@ def config_of(name, preset):
 
 def shrunk(config):
     """One step per stage: one epoch of eight images, and the smallest network in place of a residual one."""
-    if config["model"]["name"].startswith("resnet"):
+    if (
+        config["model"]["name"].startswith("resnet")
+        or config["name"] != "patches"
+        and config["model"]["name"] == "patchnet"
+    ):
         config["model"] = {"name": "small"}
     for stage in (*config["stages"].values(), *([config["probe"]] if config["probe"] else [])):
         stage.update(epochs=1, batch_size=8, match=(), epoch_images=None)
@@ -46,9 +50,7 @@ def shrunk(config):
         config["inputs"] = {"original": ()}
         for name in set(config["stages"]) & {"rotation", "conv", "supervised"}:
             config["stages"][name]["view"] = ()
-    if config["model"]["name"] == "patchnet" and config["name"] == "patches":
-        steps = len(config["model"]["widths"])
-        config["model"] = {"name": "patchnet", "patch": 8, "first": (2,), "widths": (2,) * steps, "hidden": (3, 2)}
+    if config["name"] == "patches":
         first = min(view["size"] for stage in config["stages"].values() for view in stage.get("view", ()))
         for stage in config["stages"].values():
             stage.update(
@@ -69,7 +71,12 @@ def shared(monkeypatch):
         self._made = MADE
 
     monkeypatch.setattr(build._Builder, "__init__", init)
+
+    def ladder(*, grow=None, widths=(), patch=0, first=(), hidden=(), dropout=0.0, **common):
+        return Small(widths=(4,) * (grow or 1 + len(widths)), **common)
+
     monkeypatch.setitem(catalogue.BACKBONES, "small", lambda **common: Small(**common))
+    monkeypatch.setitem(catalogue.BACKBONES, "patchnet", ladder)
 
 
 @pytest.mark.parametrize(("name", "preset"), EACH)
@@ -164,7 +171,7 @@ def test_the_papers_numbers_stand_in_the_presets():
         (lambda c: c["data"].update(name="mnist"), "choose from mnist5k"),
         (lambda c: c.update(stages=3), "does not fit"),
         (lambda c: c["stages"]["finetune"].update(trunk="gpu"), "choose from auto"),
-        (lambda c: c["stages"]["finetune"].update(average="mean"), "choose from probability"),
+        (lambda c: c["stages"]["finetune"].update(average="mean"), "'mean' is unknown: choose from"),
         (lambda c: c["stages"]["half"].update(best_test=True), "best_test is for stages on 'labelled'"),
         (lambda c: c["inputs"].update(cut=({"name": "patches", "size": 4},)), "patches are a stage's view"),
     ],

@@ -33,7 +33,7 @@ def source_of(count=12, side=16, seed=0):
 
 def network(grow, frozen=()):
     return models.build(
-        "patchnet", patch=8, first=(4,), widths=(4,), hidden=(6, 4), grow=grow, outputs=1, frozen=frozen
+        "patchnet", patch=8, first=(4,), widths=(4,), hidden=(16, 8), grow=grow, outputs=1, dropout=0.0, frozen=frozen
     )
 
 
@@ -220,7 +220,7 @@ def test_augmented_images_have_no_fixed_trunk(first, monkeypatch):
 
 def test_a_ladder_is_measured_by_scene_and_by_image(tmp_path):
     source = source_of(count=40)
-    long = {"epochs": 12}
+    long = {"epochs": 30}
     one, two = (dataclasses.replace(stage, **long) for stage in (FIRST, SECOND))
     full = dataclasses.replace(step_of("scratch", 2, 16), match=("patch8", "patch16"))
     recipe = Recipe(
@@ -243,7 +243,7 @@ def test_a_ladder_is_measured_by_scene_and_by_image(tmp_path):
         assert len(splits.train) == 32 and len(splits.test) == 8
         assert (set(splits.train.groups) & set(splits.test.groups) == set()) == (cell.split == "by_scene")
     shown = found["patch16", "by_scene", "mae", 0]
-    assert shown["n"] == 8 and shown["images"] == 12 * 32 * 5 and shown["pixels"] == 2 * 12 * 32 * 16 * 16
+    assert shown["n"] == 8 and shown["images"] == 30 * 32 * 5 and shown["pixels"] == 2 * 30 * 32 * 16 * 16
     for arm in ("patch8", "patch16"):  # the score is the level of noise
         assert min(found[arm, "by_scene", "spearman", seed]["value"] for seed in (0, 1)) > 0.9
     assert found["scratch", "by_scene", "mae", 0]["pixels"] == shown["pixels"]
