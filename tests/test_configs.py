@@ -37,12 +37,8 @@ def config_of(name, preset):
 
 
 def shrunk(config):
-    """One step per stage: one epoch of eight images, and the smallest network in place of a residual one."""
-    if (
-        config["model"]["name"].startswith("resnet")
-        or config["name"] != "patches"
-        and config["model"]["name"] == "patchnet"
-    ):
+    """One step per stage: one epoch of eight images, and the smallest network in place of most."""
+    if config["model"]["name"].startswith("resnet"):
         config["model"] = {"name": "small"}
     for stage in (*config["stages"].values(), *([config["probe"]] if config["probe"] else [])):
         stage.update(epochs=1, batch_size=8, match=(), epoch_images=None)
@@ -72,11 +68,12 @@ def shared(monkeypatch):
 
     monkeypatch.setattr(build._Builder, "__init__", init)
 
-    def ladder(*, grow=None, widths=(), patch=0, first=(), hidden=(), dropout=0.0, **common):
+    def ladder(*, grow=None, widths=(), patch=0, first=(), hidden=(), dropout=0.0, adaptive_pool=False, **common):
         return Small(widths=(4,) * (grow or 1 + len(widths)), **common)
 
     monkeypatch.setitem(catalogue.BACKBONES, "small", lambda **common: Small(**common))
     monkeypatch.setitem(catalogue.BACKBONES, "patchnet", ladder)
+    monkeypatch.setitem(catalogue.BACKBONES, "nin", lambda *, blocks=4, **common: Small(widths=(4,) * blocks, **common))
 
 
 @pytest.mark.parametrize(("name", "preset"), EACH)
