@@ -83,10 +83,10 @@ def embedded(config):
 
 
 def tiny(config):
-    """The same in seconds, with a network of three convolutions, since compiling takes longest here."""
+    """The same in seconds, with a network of one convolution, since compiling takes longest here."""
     embedded(config)
     config.data = dict(name="digits", test=360, validation=0.0)
-    small = dict(first=(16,), widths=(32,), hidden=(32, 16), dropout=0.0)
+    small = dict(first=(16,), widths=(), hidden=(32,), dropout=0.0)
     config.model = dict(name="patchnet", patch=8, adaptive_pool=True, **small)
     config.inputs = ordered(original=())
     config.subsets = ordered(unlabelled=amount(total=128))
