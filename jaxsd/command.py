@@ -167,7 +167,7 @@ def protocol(config: Config, splits: Splits) -> str:
         + (splits.score or f"{len(splits.train.classes)} classes"),
         config["model"]["name"],
         *(
-            f"{name}: {way['test']:.0%} held out by {WAYS[way['by']]}, drawn anew for each seed"
+            f"{name}: {way.get('test', 0.2):.0%} held out by {WAYS[way.get('by', 'group')]}, drawn anew for each seed"
             for name, way in (config.get("splits") or {}).items()
         ),
         *(f"labels {name}: {_amount(part)}" for name, part in config["labels"].items()),
