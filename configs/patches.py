@@ -13,7 +13,7 @@
     scores                 a CSV file, --config.data.path=FILE          32, 64, 128, 256       see the README
     rotation_then_patches  as (none)                                    8, 16, 32              3 minutes, 2 cores
 
-The times of `live` to `indoor67` are estimates.
+The times of `live` to `indoor67` and of `rotation_then_patches` are estimates.
 
 Arms: `patch32` and so on (the ladder up to that size: what stands below the newest block is frozen, section 2), the
 last of them being the method; `scratch` (the last network, nothing frozen, the same epochs); `scratch_matched` (until
