@@ -10,6 +10,7 @@ from typing import Any
 import jax
 
 from jaxsd import __version__, build, pictures, report, tuning
+from jaxsd.aggregate import aggregate
 from jaxsd.data.source import Source, Splits, describe
 from jaxsd.data.split import duplicates, part, shared_groups
 from jaxsd.errors import UserError
@@ -71,7 +72,7 @@ def run(
         rows += measure(experiment, cell)
         experiment.look()
     summary = heading(config, recipe.baseline, next(iter(parted.values())), pretext, copies)
-    summary["rows"] = report.aggregate(rows, baseline=recipe.baseline)
+    summary["rows"] = aggregate(rows, baseline=recipe.baseline)
     summary["notes"] += shared + report.gaps(summary["rows"])
     known = report.load(workdir) if not missing and (workdir / "summary.json").exists() else {"rows": None}
     names = known.get("pictures", [])

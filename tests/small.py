@@ -5,9 +5,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxsd import objectives, train
 from jaxsd.data.source import Source
 from jaxsd.models.blocks import Backbone
 from jaxsd.models.norm import BatchNorm
+from jaxsd.train import loop, optimiser
 
 
 class Part(nn.Module):
@@ -35,7 +37,7 @@ class Small(Backbone):
         x = jnp.concatenate([images, images - jnp.roll(images, 1, 2)], -1)  # a turn changes it
         for name, width in zip(self.blocks, self.widths, strict=True):
             x = self.shown(features, name, Part(width, name=name)(x, self.trains(name, train)))
-        return self.ending(features, x)
+        return self.ending(features, x, train)
 
 
 class Dense(nn.Module):
@@ -49,6 +51,12 @@ class Dense(nn.Module):
         x = images.reshape(len(images), -1)
         start = nn.initializers.zeros_init() if self.zero else nn.initializers.lecun_normal()
         return nn.Dense(self.outputs, kernel_init=start, name="head")(x), {"pooled": x}
+
+
+KEY = jax.random.key(0)
+SGD = optimiser.with_rate(optimiser.sgd(momentum=0.9, weight_decay=1e-3))
+OBJECTIVE = objectives.rotation(Small(outputs=4))
+FROZEN = objectives.rotation(Small(outputs=4, frozen=("block1",)))
 
 
 def batch_of(count, *, side=6, channels=1, classes=3, seed=0):
@@ -68,6 +76,16 @@ def source_of(count, *, side=6, classes=3, seed=0):
     images = random.integers(0, 256, (count, side, side, 1), dtype=np.uint8)
     labels = random.integers(0, classes, count).astype(np.int32)
     return Source(images, labels, tuple("abcdefghij"[:classes]))
+
+
+def state_of(objective=OBJECTIVE, tx=SGD, **options):
+    return train.init(KEY, objective, tx, batch_of(1), **options)
+
+
+def plan_of(images, *, batch_size=4, epochs=2, rate=0.1, order=1, **options):
+    index, _ = loop.Plan(images, batch_size, 1, np.zeros(1), jax.random.key(order), **options).batches(0)
+    rates = np.linspace(rate, rate / 2, epochs * len(index)).astype(np.float32)
+    return loop.Plan(images, batch_size, epochs, rates, jax.random.key(order), **options)
 
 
 def arrays(tree):

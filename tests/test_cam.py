@@ -9,8 +9,8 @@ from skimage.data import astronaut
 
 from jaxsd.errors import UserError
 from jaxsd.evaluate.cam import channel_weights, grad_cam
+from jaxsd.models import build
 from jaxsd.models.forward import initialise
-from jaxsd.models.resnet import resnet8
 
 IMAGES = np.stack([astronaut()[y : y + 12, x : x + 16] for y, x in ((50, 210), (100, 200), (400, 60))])
 TARGET = np.array([2, 0, 1])
@@ -103,7 +103,7 @@ def test_a_map_without_evidence_stays_zero(trained):
 
 
 def test_a_residual_network():
-    model = resnet8(outputs=4)
+    model = build("resnet8", outputs=4)
     images = np.stack([astronaut()[y : y + 32, 200:232] for y in (60, 120)])
     params, collections = initialise(model, jax.random.key(0), jnp.asarray(images))
     target = np.array([3, 1])

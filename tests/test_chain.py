@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 from small import Small, same
 
-from jaxsd import models, objectives, recipe, report
+from jaxsd import models, objectives, recipe
+from jaxsd.aggregate import aggregate
 from jaxsd.data.embedded import digits
 from jaxsd.errors import UserError
 from jaxsd.measure import measure
@@ -94,7 +95,7 @@ def test_first_run(workdir, calls):
     assert images == {"scratch": task, "half": half + task, "scalenet": half + full + task}
     pixels = {row["arm"]: row["pixels"] for row in rows if row["evaluation"] == "finetune"}
     assert pixels["scalenet"] == 64 * 4 * 4 * 4 + 64 * 4 * 8 * 8 + task * 8 * 8
-    summary = report.aggregate(rows, baseline="scratch")
+    summary = aggregate(rows, baseline="scratch")
     tuned = next(row for row in summary if row["arm"] == "scalenet" and row["evaluation"] == "finetune")
     values = [row["value"] for row in rows if (row["arm"], row["evaluation"]) == ("scalenet", "finetune")][::2]
     assert tuned["mean"] == pytest.approx(np.mean(values)) and tuned["difference"]["to"] == "scratch"

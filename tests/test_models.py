@@ -1,7 +1,6 @@
 """The network families: exact counts and maps, starts, freezing, and values computed once by PyTorch."""
 
 import json
-import math
 import sys
 
 import flax.linen as nn
@@ -9,7 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax.traverse_util import flatten_dict, unflatten_dict
+from filled import filled, pictures
+from flax.traverse_util import flatten_dict
 
 from jaxsd import models
 from jaxsd.errors import UserError
@@ -65,27 +65,6 @@ GOLDEN = {
         (3.300770020, 800.9712030, 8.871103813, 2205.406848),
     ),
 }
-
-
-def filled(model, resolution):
-    """Parameters and running values from a seed, drawn leaf by leaf in the order of their paths."""
-    rng = np.random.default_rng(0)
-    values = {}
-    variables = shapes(model, resolution)
-    for path, leaf in sorted(flatten_dict({k: variables[k] for k in ("params", "batch_stats")}).items()):
-        draw = rng.standard_normal(leaf.shape, np.float32)
-        rules = {
-            "kernel": lambda draw: draw * (2 / math.prod(draw.shape[:-1])) ** 0.5,
-            "scale": lambda draw: 1 + 0.1 * draw,
-            "var": lambda draw: 0.5 + draw**2,
-        }
-        values[path] = rules.get(path[-1], lambda draw: 0.1 * draw)(draw).astype(np.float32)
-    tree = unflatten_dict(values)
-    return tree["params"], {"batch_stats": tree["batch_stats"]}
-
-
-def pictures(resolution, n=3):
-    return np.random.default_rng(1).standard_normal((n, resolution, resolution, 3), np.float32)
 
 
 def tiny(outputs):

@@ -7,6 +7,7 @@ import pytest
 from scipy import stats
 
 from jaxsd import report
+from jaxsd.aggregate import aggregate, interval, separated
 from jaxsd.errors import UserError
 
 VALUES = {
@@ -47,7 +48,7 @@ def summary(rows, seeds=(0, 1, 2), **more):
         "environment": {"jax": "0.6", "device": "cpu", "devices": 1, "python": "3.11"},
         "data": {"name": "mnist5k", "train": 4000, "test": 1000, "classes": 10, "duplicates_train_test": 0},
         "notes": [],
-        "rows": report.aggregate(rows, baseline="scratch"),
+        "rows": aggregate(rows, baseline="scratch"),
     } | more
 
 
@@ -61,7 +62,7 @@ def find(rows, arm, evaluation="finetune", block=None, metric="accuracy"):
 
 
 def test_means_intervals_and_paired_differences_against_scipy():
-    rows = report.aggregate(run(), baseline="scratch")
+    rows = aggregate(run(), baseline="scratch")
     for arm, values in VALUES.items():
         found = find(rows, arm)
         assert found["values"] == list(values) and found["seeds"] == [0, 1, 2]
@@ -73,21 +74,21 @@ def test_means_intervals_and_paired_differences_against_scipy():
             assert found["difference"]["to"] == "scratch"
             assert found["difference"]["mean"] == pytest.approx(np.mean(values) - np.mean(VALUES["scratch"]))
             assert found["difference"]["ci95"] == pytest.approx(list(pair.confidence_interval(0.95)))
-            assert report.separated(found) == (pair.pvalue < 0.05)
-    assert find(rows, "scratch")["difference"] is None and report.separated(find(rows, "scratch")) is None
+            assert separated(found) == (pair.pvalue < 0.05)
+    assert find(rows, "scratch")["difference"] is None and separated(find(rows, "scratch")) is None
 
 
 def test_interval_by_hand():
     # Mean 2, standard deviation 1, t(2, 0.975) = 4.3027: 2 -+ 4.3027 / sqrt(3).
-    mean, (low, high) = report.interval([1, 2, 3])
+    mean, (low, high) = interval([1, 2, 3])
     assert (mean, low, high) == pytest.approx((2, 2 - 2.48414, 2 + 2.48414), abs=1e-5)
-    assert report.interval([0.25] * 4) == (0.25, [0.25, 0.25])
-    assert report.interval([0.5]) == (0.5, None)
-    assert report.interval([]) == (None, None)
+    assert interval([0.25] * 4) == (0.25, [0.25, 0.25])
+    assert interval([0.5]) == (0.5, None)
+    assert interval([]) == (None, None)
 
 
 def test_rows_have_the_fields_of_summary_json_and_keep_their_order():
-    rows = report.aggregate(run(), baseline="scratch")
+    rows = aggregate(run(), baseline="scratch")
     assert list(rows[0]) == (
         [
             "arm",
@@ -110,16 +111,16 @@ def test_rows_have_the_fields_of_summary_json_and_keep_their_order():
 
 
 def test_one_seed_has_a_difference_but_no_interval():
-    found = find(report.aggregate(run(seeds=(1,)), baseline="scratch"), "rotnet")
+    found = find(aggregate(run(seeds=(1,)), baseline="scratch"), "rotnet")
     assert found["ci95"] is None
     assert found["difference"] == {"to": "scratch", "mean": pytest.approx(0.028), "ci95": None}
-    assert report.separated(found) is None and report.words(found) == "one seed: no interval"
+    assert separated(found) is None and report.words(found) == "one seed: no interval"
 
 
 def test_only_seeds_that_both_have_are_paired():
     rows = [row("scratch", s, v) for s, v in ((3, 0.5), (1, 0.6), (2, 0.4))]
     rows += [row("rotnet", s, v) for s, v in ((2, 0.6), (4, 0.9), (3, 0.8))]
-    found = find(report.aggregate(rows, baseline="scratch"), "rotnet")
+    found = find(aggregate(rows, baseline="scratch"), "rotnet")
     assert (found["seeds"], found["values"]) == ([2, 3, 4], [0.6, 0.8, 0.9])
     assert found["difference"]["mean"] == pytest.approx(0.25)  # (0.6 - 0.4 + 0.8 - 0.5) / 2
     half = stats.t.ppf(0.975, 1) * 0.05  # deviation 0.1 / sqrt(2), divided by sqrt(2)
@@ -129,13 +130,13 @@ def test_only_seeds_that_both_have_are_paired():
 def test_differences_stay_within_one_input_and_number_of_labels():
     rows = [row("scratch", 0, 0.5, labels=50), row("scratch", 0, 0.7)]
     rows += [row("rotnet", 0, 0.8), row("rotnet", 0, 0.9, input="gray")]
-    found = report.aggregate(rows, baseline="scratch")
+    found = aggregate(rows, baseline="scratch")
     assert [r["difference"] and r["difference"]["mean"] for r in found] == [None, None, pytest.approx(0.1), None]
 
 
 @pytest.mark.parametrize("baseline", ["elsewhere", None])
 def test_without_the_baseline_there_are_no_differences(baseline):
-    rows = report.aggregate(run(), baseline=baseline)
+    rows = aggregate(run(), baseline=baseline)
     assert not any(r["difference"] for r in rows)
     text = report.table(summary(run()) | {"rows": rows})
     assert "94.8 ± 1.5" in text and "difference to" not in text and "▲" not in text
@@ -143,8 +144,8 @@ def test_without_the_baseline_there_are_no_differences(baseline):
 
 def test_equal_differences_have_an_interval_of_no_width():
     rows = [row(arm, s, v) for s in range(3) for arm, v in (("scratch", 0.5), ("same", 0.5), ("worse", 0.25))]
-    found = report.aggregate(rows, baseline="scratch")
-    assert [(report.separated(r), report.words(r)) for r in found[1:]] == [
+    found = aggregate(rows, baseline="scratch")
+    assert [(separated(r), report.words(r)) for r in found[1:]] == [
         (False, "not separated"),
         (True, "worse by 25.0"),
     ]
@@ -166,7 +167,7 @@ def test_words_know_which_way_is_better():
 def test_a_value_that_is_not_finite_is_named_and_gives_no_mean():
     rows = [row("scratch", s, 0.5, metric="pearson") for s in (0, 1)]
     rows += [row("rotnet", 0, 0.9, metric="pearson"), row("rotnet", 1, math.nan, metric="pearson")]
-    found = find(report.aggregate(rows, baseline="scratch"), "rotnet", metric="pearson")
+    found = find(aggregate(rows, baseline="scratch"), "rotnet", metric="pearson")
     assert found["values"] == [0.9, None] and found["undefined"] == "not finite in seed 1"
     assert found["mean"] is found["ci95"] is found["difference"] is None
     text = report.table(summary(rows, seeds=(0, 1)))
@@ -175,7 +176,7 @@ def test_a_value_that_is_not_finite_is_named_and_gives_no_mean():
 
 def test_two_values_of_one_seed_are_an_error():
     with pytest.raises(UserError, match="two values for rotnet colour all finetune accuracy, seed 0"):
-        report.aggregate([row("rotnet", 0, 0.1), row("rotnet", 0, 0.2)], baseline=None)
+        aggregate([row("rotnet", 0, 0.1), row("rotnet", 0, 0.2)], baseline=None)
 
 
 # Text
@@ -320,3 +321,21 @@ def test_reading_nothing_or_damage_is_one_line(tmp_path):
         with pytest.raises(UserError, match="cannot be read") as caught:
             report.read(tmp_path)
         assert "\n" not in str(caught.value)
+
+
+def test_the_gap_between_two_splits_by_hand():
+    def of(arm, split, value, metric="spearman", **more):
+        return {"arm": arm, "split": split, "input": "original", "labels": "all", "metric": metric, "mean": value} | {
+            "evaluation": "finetune",
+            **more,
+        }
+
+    two = [of("scratch", "by_scene", 0.5), of("patch32", "by_scene", 0.7), of("lost", "by_scene", None)]
+    two += [of("scratch", "by_image", 0.875), of("patch32", "by_image", 0.65), of("lost", "by_image", 0.1)]
+    two += [of("scratch", "by_scene", 3.0, "mae"), of("scratch", "by_image", 1.0, "mae")]
+    two += [of("scratch", "by_scene", 0.9, evaluation="pretext")]
+    wanted = "spearman of split by_image minus that of by_scene: scratch +0.375, patch32 -0.050"
+    assert report.gaps(two) == [wanted]
+    assert report.gaps([row for row in two if row["split"] == "by_scene"]) == []
+    shares = [of("scratch", "by_scene", 0.25, "accuracy"), of("scratch", "by_image", 0.5, "accuracy")]
+    assert report.gaps(shares) == ["accuracy of split by_image minus that of by_scene: scratch +25.0"]

@@ -25,7 +25,8 @@ def train_all(folder):
     """Two pretext stages, a task with a frozen part and validation, each state saved; the summary at the end."""
     from small import Small
 
-    from jaxsd import objectives, report
+    from jaxsd import objectives
+    from jaxsd.aggregate import aggregate
     from jaxsd.data.embedded import digits
     from jaxsd.measure import measure
     from jaxsd.recipe import Experiment, Recipe
@@ -59,7 +60,7 @@ def train_all(folder):
     cells = list(experiment.cells())
     experiment.check(cells)
     rows = [row for cell in cells for row in measure(experiment, cell)]
-    write_json(folder / "summary.json", {"rows": report.aggregate(rows, baseline="pretrained")})
+    write_json(folder / "summary.json", {"rows": aggregate(rows, baseline="pretrained")})
 
 
 def kill_at(moment, folder):

@@ -1,4 +1,4 @@
-"""State, step, loop and checkpoints: one image set, any number of devices, interruptions and kinds of compilation."""
+"""State, step and loop: one image set, any number of devices and kinds of compilation."""
 
 import json
 import logging
@@ -10,28 +10,17 @@ import numpy as np
 import optax
 import pytest
 from jax.sharding import Mesh, PartitionSpec
-from small import Dense, Small, batch_of, close, same, source_of
+from small import FROZEN, KEY, OBJECTIVE, SGD, Dense, Small, batch_of, close, plan_of, same, source_of, state_of
 
 from jaxsd import models, objectives, train
-from jaxsd.errors import RunError, Stopped, UserError
+from jaxsd.errors import RunError, UserError
 from jaxsd.models.forward import forward
 from jaxsd.stage import data_of
 from jaxsd.train import loop, optimiser
-from jaxsd.train.checkpoint import Checkpoints, restore_model
+from jaxsd.train.checkpoint import Checkpoints
 from jaxsd.train.state import carry, create, merge, partition
 from jaxsd.views.augment import flip_horizontal
 from jaxsd.workdir import Journal
-
-KEY = jax.random.key(0)
-SGD = optimiser.with_rate(optimiser.sgd(momentum=0.9, weight_decay=1e-3))
-OBJECTIVE = objectives.rotation(Small(outputs=4))
-FROZEN = objectives.rotation(Small(outputs=4, frozen=("block1",)))
-WIDE = objectives.rotation(Small(outputs=4, frozen=("block1",), widths=(64, 64)))  # tensors of kilobytes
-
-
-def state_of(objective=OBJECTIVE, tx=SGD, **options):
-    return train.init(KEY, objective, tx, batch_of(1), **options)
-
 
 # the step
 
@@ -269,12 +258,6 @@ def test_carry_of_alexnet_between_scales():
 # the loop
 
 
-def plan_of(images, *, batch_size=4, epochs=2, rate=0.1, order=1, **options):
-    index, _ = loop.Plan(images, batch_size, 1, np.zeros(1), jax.random.key(order), **options).batches(0)
-    rates = np.linspace(rate, rate / 2, epochs * len(index)).astype(np.float32)
-    return loop.Plan(images, batch_size, epochs, rates, jax.random.key(order), **options)
-
-
 def by_hand(plan, source, objective=OBJECTIVE, tx=SGD, augment=None):
     """The loop's training as plain steps: the state, and per step the metrics weighted by the images."""
     step = jax.jit(train.make_train_step(objective, tx, augment))
@@ -396,225 +379,3 @@ def test_weights_that_are_no_numbers_stop_the_run():
     plan.rates[-1] = np.inf
     with pytest.raises(RunError, match=r"a weight became infinite or NaN at training, step 3 \(epoch 1\), rate inf"):
         loop.run(state_of(), data_of(source_of(10)), plan, OBJECTIVE, SGD)
-
-
-# interruptions
-
-
-def timeless(path):
-    lines = [json.loads(line) for line in path.read_text().splitlines()]
-    return [{k: v for k, v in line.items() if k not in ("seconds", "images/s")} for line in lines]
-
-
-def run_in(folder, plan, *, stop_at=None, save_seconds=60.0, objective=FROZEN, source=None):
-    """Trains in a folder with validation; asks to stop once step `stop_at` has begun. Returns the state."""
-    source, stop = source or source_of(10), loop.Stop()
-    checkpoints, journal = Checkpoints(folder / "checkpoints"), Journal(folder / "metrics.jsonl")
-
-    def validate(state):
-        return loop.evaluate(objective, merge(state.params, state.frozen), state.extra, data_of(source_of(5, seed=9)))
-
-    watch = loop.Watch("here", checkpoints, journal, save_seconds, stop, checks={"validation": validate})
-    look = loop._Loop._look
-
-    def looking(self, step, loss, ahead):
-        if stop_at is not None and step == stop_at:
-            stop.signal = 15
-        look(self, step, loss, ahead)
-
-    try:
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(loop._Loop, "_look", looking)
-            state = state_of(objective, freeze=("block1",))
-            return loop.run(state, data_of(source), plan, objective, SGD, flip_horizontal_once, watch=watch)
-    finally:
-        checkpoints.close()
-
-
-flip_horizontal_once = flip_horizontal()
-
-
-@pytest.mark.parametrize("save_seconds", [60.0, 0.0])
-def test_a_stopped_run_ends_as_one_that_is_not(tmp_path, save_seconds):
-    """Stopped at the first step, within an epoch, at an epoch's end and at the very end: the same bits."""
-    plan = plan_of(10, epochs=3)
-    wanted = run_in(tmp_path / "straight", plan)
-    for stop_at in (1, 2, 5, 6, 9):
-        with pytest.raises(Stopped, match=f"stopped at here, step {stop_at} of 9; saved") as stopped:
-            run_in(tmp_path / "stopped", plan, stop_at=stop_at, save_seconds=save_seconds)
-        assert stopped.value.signal == 15
-    found = run_in(tmp_path / "stopped", plan)
-    same(found, wanted)
-    metrics = [timeless(tmp_path / name / "metrics.jsonl") for name in ("straight", "stopped")]
-    assert metrics[0] == metrics[1]
-    assert [(line["split"], line["epoch"]) for line in metrics[0]] == [
-        (split, epoch) for epoch in (1, 2, 3) for split in ("train", "validation")
-    ]
-    seconds = [json.loads(line).get("seconds", 0) for line in (tmp_path / "stopped/metrics.jsonl").open()]
-    assert seconds[::2] == sorted(seconds[::2]) and seconds[0] > 0
-
-
-def test_a_signal_before_the_first_step_costs_nothing(tmp_path):
-    objective = objectives.rotation(Small(outputs=4))
-    watch = loop.Watch(stop=loop.Stop(signal=2))
-    with pytest.raises(Stopped, match="step 0 of 6; not saved: there is no workdir") as stopped:
-        loop.run(state_of(objective), data_of(source_of(10)), plan_of(10), objective, SGD, watch=watch)
-    assert stopped.value.signal == 2
-    assert loop.compiled(objective, SGD, None, None)[1]._cache_size() == 0
-
-
-@pytest.mark.parametrize("count", [1, 4])
-def test_a_resumed_run_is_the_same_program(tmp_path, devices, count, caplog):
-    """Compiled programs are kept on disk: a run that goes on finds its own there."""
-    devices(count)
-    plan, objective = plan_of(10, epochs=2), objectives.rotation(Small(outputs=4, frozen=("block1",)))
-    with jax.log_compiles(), caplog.at_level(logging.WARNING, "jax"):
-        with pytest.raises(Stopped):
-            run_in(tmp_path, plan, stop_at=2, objective=objective)
-        run_in(tmp_path, plan, objective=objective)
-    for name in ("advance", "evaluate"):
-        assert sum(f"Compiling jit({name})" in line for line in caplog.messages) == 1
-
-
-def test_a_run_goes_on_with_other_devices(tmp_path, devices):
-    plan = plan_of(10, epochs=3)
-    wanted = run_in(tmp_path / "straight", plan)
-    for count, stop_at in ((4, 4), (2, 7)):
-        devices(count)
-        with pytest.raises(Stopped):
-            run_in(tmp_path / "moved", plan, stop_at=stop_at)
-    devices(1)
-    close(run_in(tmp_path / "moved", plan), wanted, rtol=1e-4, atol=1e-5)
-
-
-def test_the_journal_bears_a_cut_line(tmp_path):
-    journal = Journal(tmp_path / "metrics.jsonl")
-    journal.rewind(5)
-    assert journal.last() is None
-    for step in (2, 4, 6):
-        journal.write({"step": step, "split": "train"})
-    with journal.path.open("a") as file:
-        file.write('{"step": 8, "spl')
-    journal.rewind(4)
-    assert [line["step"] for line in timeless(journal.path)] == [2, 4]
-    assert journal.last() == {"step": 4, "split": "train"} and journal.last("validation") is None
-
-
-# checkpoints
-
-
-def checkpointed(folder, tx, steps, **options):
-    """Trains so many steps with donated buffers, saving a copy of each state; returns the manager and the states."""
-    step = jax.jit(train.make_train_step(FROZEN, tx), donate_argnums=0)
-    state, kept = state_of(FROZEN, tx, freeze=("block1",)), {}
-    checkpoints = Checkpoints(folder, **options)
-    for number in range(1, steps + 1):
-        state, _ = step(state, batch_of(4, seed=number))
-        kept[number] = jax.tree.map(jnp.copy, state)
-        checkpoints.save(number, kept[number], sums_of(number), seconds=number / 2)
-    return checkpoints, kept
-
-
-def sums_of(number):
-    return {"steps": jnp.int32(number), "weight": jnp.float32(0.1), "totals": {"loss": jnp.float32(1 / 3)}}
-
-
-@pytest.mark.parametrize(
-    "tx",
-    [
-        optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(0.1)),
-        optimiser.with_rate(optimiser.accumulate(optimiser.lars(), 2)),
-        optax.sgd(0.1),
-    ],
-    ids=["adamw", "accumulated lars", "sgd"],
-)
-def test_a_checkpoint_holds_every_bit(tmp_path, tx):
-    checkpoints, kept = checkpointed(tmp_path, tx, 3)
-    checkpoints.wait()
-    like = jax.eval_shape(lambda: (state_of(FROZEN, tx, freeze=("block1",)), sums_of(0)))
-    step, state, sums, seconds = checkpoints.resume(*like)
-    assert (step, seconds) == (3, 1.5)
-    same(state, kept[3])
-    same(sums, sums_of(3))
-    assert jnp.issubdtype(state.key.dtype, jax.dtypes.prng_key)
-    same(checkpoints.restore(2, *like).state, kept[2])
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["2", "3"]  # the newest two
-    checkpoints.close()
-    model = {"params": merge(kept[3].params, kept[3].frozen), "extra": kept[3].extra}
-    same(restore_model(tmp_path, model), model)
-
-
-def test_saving_in_the_background_keeps_the_state_of_the_step(tmp_path):
-    """The loop gives its buffers away while Orbax writes: what is on disk is the state of the step all the same."""
-    plan, copies = plan_of(10, epochs=5), {}
-    save = Checkpoints.save
-
-    def copying(self, step, state, sums, **options):
-        copies[step] = jax.tree.map(lambda x: np.array(x, copy=True), (state.params, state.opt_state))
-        save(self, step, state, sums, **options)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Checkpoints, "save", copying)
-        with pytest.raises(Stopped):
-            run_in(tmp_path, plan, stop_at=13, save_seconds=0)
-    assert sorted(copies) == list(range(1, 14))
-    checkpoints = Checkpoints(tmp_path / "checkpoints")
-    like = jax.eval_shape(lambda: state_of(FROZEN, freeze=("block1",)))
-    sums = {"steps": np.int32(0), "weight": np.float32(0)}
-    sums["totals"] = {name: np.float32(0) for name in ("loss", "accuracy", "grad_norm")}
-    for step in (12, 13):
-        state = checkpoints.restore(step, like, sums).state
-        same(jax.tree.map(np.asarray, (state.params, state.opt_state)), copies[step])
-    checkpoints.close()
-
-
-def damage(folder):
-    """Changes a byte in the middle of every file with large tensors, which Orbax alone does not notice."""
-    for path in (folder / "ocdbt.process_0/d").iterdir():
-        content = bytearray(path.read_bytes())
-        content[len(content) // 2] ^= 0xFF
-        path.write_bytes(content)
-
-
-@pytest.mark.parametrize("part", ["model", "training"])
-def test_a_damaged_checkpoint_is_named_and_the_one_before_used(tmp_path, part, caplog):
-    plan = plan_of(10, epochs=3)
-    wanted = run_in(tmp_path / "straight", plan, objective=WIDE)
-    with pytest.raises(Stopped):
-        run_in(tmp_path / "damaged", plan, stop_at=7, save_seconds=0, objective=WIDE)
-    damage(tmp_path / "damaged/checkpoints/7" / part)
-    logging.getLogger("jaxsd").propagate = True
-    with caplog.at_level(logging.INFO, "jaxsd"):
-        found = run_in(tmp_path / "damaged", plan, objective=WIDE)
-    assert "the checkpoint of step 7 in" in caplog.text and "is damaged" in caplog.text
-    assert "continues at step 6 of 9" in caplog.text
-    assert (tmp_path / "damaged/damaged/7").is_dir()
-    same(found, wanted)
-    lines = [timeless(tmp_path / name / "metrics.jsonl") for name in ("straight", "damaged")]
-    assert lines[0] == lines[1]
-
-
-def test_without_any_whole_checkpoint_training_starts_again(tmp_path):
-    plan = plan_of(10, epochs=2)
-    wanted = run_in(tmp_path / "straight", plan)
-    with pytest.raises(Stopped):
-        run_in(tmp_path / "emptied", plan, stop_at=2)
-    (tmp_path / "emptied/checkpoints/2/model/_METADATA").write_text("{")
-    same(run_in(tmp_path / "emptied", plan), wanted)
-
-
-def test_no_checkpoint_and_a_damaged_one_say_so(tmp_path):
-    with pytest.raises(RunError, match="there is no checkpoint in"):
-        restore_model(tmp_path / "none", {})
-    state = run_in(tmp_path, plan_of(10, epochs=1), objective=WIDE)
-    model = {"params": merge(state.params, state.frozen), "extra": state.extra}
-    same(restore_model(tmp_path / "checkpoints", model), model)
-    record = tmp_path / "checkpoints/3/record/metadata"
-    sums = json.loads(record.read_text())
-    sums["model"]["['params']['head']['bias']"] += 1
-    record.write_text(json.dumps(sums))
-    with pytest.raises(RunError, match=r"the checkpoint of step 3 in .* is damaged: 1 of \d+ tensors .*\['head'\]"):
-        restore_model(tmp_path / "checkpoints", model)
-    damage(tmp_path / "checkpoints/3/model")
-    with pytest.raises(RunError, match="the checkpoint of step 3 in .* is damaged"):
-        restore_model(tmp_path / "checkpoints", model)

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxsd.errors import UserError
-from jaxsd.models.conv import Conv, IntOrPair
+from jaxsd.models.conv import Conv, IntOrPair, Padding
 from jaxsd.models.norm import BatchNorm
 from jaxsd.models.pool import global_average_pool
 
@@ -71,7 +71,7 @@ class Linear(nn.Module):
 
 
 class ConvNorm(nn.Module):
-    """Convolution, batch norm and, with `relu`, a ReLU; submodules "conv" and "norm".
+    """Convolution, batch norm of `epsilon`, `activation` if any; submodules "conv" and "norm".
 
     `zero_scale` starts the norm's scale at zero, so that a residual branch ending here starts as nothing.
     """
@@ -79,10 +79,13 @@ class ConvNorm(nn.Module):
     features: int
     kernel_size: IntOrPair
     stride: IntOrPair = 1
-    padding: IntOrPair = 0
+    padding: Padding = 0
     use_bias: bool = False
-    relu: bool = True
+    dilation: IntOrPair = 1
+    groups: int = 1
+    activation: Callable[[jax.Array], jax.Array] | None = nn.relu
     zero_scale: bool = False
+    epsilon: float = 1e-5
     kernel_init: Start = he_fan_out
     bias_init: Start = nn.initializers.zeros_init()
 
@@ -90,14 +93,32 @@ class ConvNorm(nn.Module):
     def __call__(self, x: jax.Array, train: bool) -> jax.Array:
         """x [B, H, W, C] to [B, h, w, features]."""
         x = Conv(
-            self.features, self.kernel_size, self.stride, self.padding, self.use_bias,
+            self.features, self.kernel_size, self.stride, self.padding, self.use_bias, self.dilation, self.groups,
             kernel_init=self.kernel_init, bias_init=self.bias_init, name="conv",
         )(x)  # fmt: skip
-        norm = BatchNorm(name="norm")
+        norm = BatchNorm(epsilon=self.epsilon, name="norm")
         x = norm(x, train)
         if self.zero_scale and self.is_initializing():
             norm.put_variable("params", "scale", jnp.zeros(self.features))
-        return nn.relu(x) if self.relu else x
+        return self.activation(x) if self.activation else x
+
+
+class DropPath(nn.Module):
+    """Stochastic depth (Huang et al. 2016): while training, drops a residual branch for some of the images.
+
+    Those that keep it have it divided by the share that does, so that the mean stays. `rate` in [0, 1).
+    """
+
+    rate: float
+
+    @nn.compact
+    def __call__(self, x: jax.Array, train: bool) -> jax.Array:
+        """x [B, ...] to the same shape."""
+        if not train or not self.rate:
+            return x
+        shape = (x.shape[0],) + (1,) * (x.ndim - 1)
+        kept = jax.random.bernoulli(self.make_rng("dropout"), 1 - self.rate, shape)
+        return x * (kept / (1 - self.rate)).astype(x.dtype)
 
 
 class Backbone(nn.Module):
@@ -108,12 +129,16 @@ class Backbone(nn.Module):
     "pooled" float32 [B, D], what the head reads; each passes through `perturb` as NAME_map, so that gradients with
     respect to it can be had. `frozen` names top-level submodules that run in inference mode even in training: their
     batch norms use the running statistics and leave them alone. `dtype` is that of the computation, parameters and
-    statistics are float32. Raises UserError on a frozen name that does not exist.
+    statistics are float32. With `remat` the units of the blocks (see `unit`) are run again for their gradients, which
+    saves the memory of what lies inside them. `head_dropout` is the share of the pooled features that is dropped in
+    front of the head while training. Raises UserError on a frozen name that does not exist.
     """
 
     outputs: int = 1000
     frozen: tuple[str, ...] = ()
     dtype: Any = jnp.float32
+    remat: bool = False
+    head_dropout: float = 0.0
 
     def __post_init__(self) -> None:
         unknown = sorted(set(self.frozen) - set(self.parts))
@@ -136,6 +161,18 @@ class Backbone(nn.Module):
         """What `part="trunk"` runs: the leading parts, head apart, that are frozen; () if it cannot run in parts."""
         return ()
 
+    def published(self, name: str) -> str:
+        """The name under which timm (or torchvision) keeps the tensors of a submodule, "block1/unit2/conv" for one.
+
+        Also that of a parameter which is no kernel, scale or bias ("class_token"), and of a block as a module whose
+        output is the block's feature.
+        """
+        raise NotImplementedError(f"{type(self).__name__} has no published counterpart")
+
+    def unit(self, module: type[nn.Module]) -> type[nn.Module]:
+        """A submodule class, called as (x, train), that is run again for its gradients where `remat` asks for it."""
+        return nn.remat(module, static_argnums=(2,)) if self.remat else module
+
     def trains(self, name: str, train: bool) -> bool:
         """Whether the part called `name` runs in training mode."""
         return train and name not in self.frozen
@@ -145,10 +182,15 @@ class Backbone(nn.Module):
         features[name] = self.perturb(f"{name}_map", value)
         return features[name]
 
-    def ending(self, features: dict[str, jax.Array], x: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
+    def ending(
+        self, features: dict[str, jax.Array], x: jax.Array, train: bool
+    ) -> tuple[jax.Array, dict[str, jax.Array]]:
         """Pools x [B, h, w, D] over space (or takes x [B, D] as it is), in float32, and applies the head."""
         x = self.shown(features, "pooled", pooled(x))
-        return (self.head_layer()(x) if self.outputs else x), features
+        if not self.outputs:
+            return x, features
+        x = nn.Dropout(self.head_dropout, deterministic=not self.trains("head", train))(x)
+        return self.head_layer()(x), features
 
     def head_layer(self) -> Linear:
         """The layer behind the pooled features."""
@@ -192,7 +234,7 @@ class Sequential(Backbone):
             x = self.run(name, x, self.trains(name, train), features)
         if cut == len(self.body) and part != "rest":
             x = jax.lax.optimization_barrier(pooled(x))
-        return (x, {}) if part == "trunk" else self.ending(features, x)
+        return (x, {}) if part == "trunk" else self.ending(features, x, train)
 
 
 def pooled(x: jax.Array) -> jax.Array:

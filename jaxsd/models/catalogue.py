@@ -11,21 +11,16 @@ import jax
 import jax.numpy as jnp
 
 from jaxsd.errors import UserError
+from jaxsd.models import convnet, patchnet, resnet
 from jaxsd.models.blocks import Backbone, Linear
 from jaxsd.models.conv import Conv
-from jaxsd.models.convnet import alexnet_rotnet, nin
-from jaxsd.models.patchnet import patchnet
-from jaxsd.models.resnet import resnet8, resnet18, resnet50
 
-BACKBONES: dict[str, Callable[..., Backbone]] = {
-    "resnet8": resnet8,
-    "resnet18": resnet18,
-    "resnet50": resnet50,
-    "nin": nin,
-    "alexnet_rotnet": alexnet_rotnet,
-    "patchnet": patchnet,
-}
-RESOLUTIONS = {"resnet8": 32, "resnet18": 224, "resnet50": 224, "nin": 32, "alexnet_rotnet": 224, "patchnet": 512}
+FAMILIES = (resnet, convnet, patchnet)
+BACKBONES: dict[str, Callable[..., Backbone]] = {}
+RESOLUTIONS: dict[str, int] = {}  # side of the images that each is made for
+for _family in FAMILIES:
+    for _name, (_build, _side) in _family.VARIANTS.items():
+        BACKBONES[_name], RESOLUTIONS[_name] = _build, _side
 DTYPES = ("float32", "bfloat16")
 
 
@@ -46,25 +41,27 @@ def build(
     stem: str | None = None,
     frozen: Sequence[str] = (),
     dtype: Any = "float32",
+    remat: bool = False,
     **family: Any,
 ) -> Backbone:
     """A backbone by name: a linen module, called as `model(images, train)` -> (outputs, features).
 
     outputs: number of outputs, 0 for no head. resolution: side in pixels of the full-size images, for families whose
     form depends on it. stem: "cifar" or "imagenet", for families that have a choice. frozen: top-level parts that run
-    in inference mode. dtype: of the computation, float32 or bfloat16. family: the family's own options. Raises
-    UserError on an unknown name (listing the known, nearest first), option or value.
+    in inference mode. dtype: of the computation, float32 or bfloat16. remat: runs the blocks' units again for their
+    gradients, for less memory. family: the family's own options. Raises UserError on an unknown name (listing the
+    known, nearest first), option or value.
     """
     valid = options(name)
     if stem is not None:
         family["stem"] = stem
     for option in family:
         if option not in valid:
-            named = dict.fromkeys(("outputs", "resolution", "frozen", "dtype", *valid))
+            named = dict.fromkeys(("outputs", "resolution", "frozen", "dtype", "remat", *valid))
             raise UserError(f"model {name!r} has no option {option!r}: choose from {', '.join(named)}")
     if "resolution" in valid:
         family["resolution"] = resolution
-    return BACKBONES[name](outputs=outputs, frozen=tuple(frozen), dtype=_dtype(name, dtype), **family)
+    return BACKBONES[name](outputs=outputs, frozen=tuple(frozen), dtype=_dtype(name, dtype), remat=remat, **family)
 
 
 def _dtype(name: str, dtype: Any) -> Any:

@@ -16,6 +16,7 @@ import numpy as np
 from jax import lax
 
 IntOrPair = int | tuple[int, int]
+Padding = IntOrPair | tuple[tuple[int, int], tuple[int, int]]  # ((top, bottom), (left, right)) where they differ
 Array = jax.Array
 ROWS, COLUMNS = 1, 2  # axes of [B, H, W, C]
 
@@ -25,26 +26,60 @@ def pair(value: IntOrPair) -> tuple[int, int]:
     return (value, value) if isinstance(value, int) else (int(value[0]), int(value[1]))
 
 
-def conv(x: Array, w: Array, *, stride: IntOrPair = 1, padding: IntOrPair = 0) -> Array:
-    """Cross-correlates x [B, H, W, C] with w [kh, kw, C, O]; returns [B, (H + 2 p - kh) // s + 1, ..., O].
+def sides(padding: Padding) -> tuple[tuple[int, int], tuple[int, int]]:
+    """((top, bottom), (left, right)) of a padding."""
+    rows, columns = (padding, padding) if isinstance(padding, int) else padding
+    return tuple((p, p) if isinstance(p, int) else (int(p[0]), int(p[1])) for p in (rows, columns))  # type: ignore
+
+
+def conv(
+    x: Array,
+    w: Array,
+    *,
+    stride: IntOrPair = 1,
+    padding: Padding = 0,
+    dilation: IntOrPair = 1,
+    groups: int = 1,
+) -> Array:
+    """Cross-correlates x [B, H, W, C] with w [kh, kw, C / groups, O]; returns [B, (H + 2 p - kh) // s + 1, ..., O].
+
+    `dilation` spreads the kernel's taps; with `groups` the channels are cut into so many equal parts, each of which
+    gives its share of the O features (`groups` = C = O: depthwise).
 
     The platform is chosen while tracing (`jax.default_backend()`): one branch is traced, not two, and a program that is
     then placed on another platform is only slower, never wrong.
     """
     if jax.default_backend() != "cpu":
-        return library_conv(x, w, stride=stride, padding=padding)
+        return library_conv(x, w, stride=stride, padding=padding, dilation=dilation, groups=groups)
+    (top, bottom), (left, right) = sides(padding)
+    if groups > 1 or pair(dilation) != (1, 1) or top != bottom or left != right:
+        return library_conv(x, w, stride=stride, padding=padding, dilation=dilation, groups=groups)
     # CPUs multiply in float32 whatever is asked for, and the transforms of `_winograd` need its digits.
     wide: Any = jnp.promote_types(x.dtype, jnp.float32)
     x_wide, w_wide = x.astype(wide), w.astype(wide)
-    result: Any = _conv(x_wide, w_wide, pair(stride), pair(padding), _chunks(x_wide, w_wide))
+    result: Any = _conv(x_wide, w_wide, pair(stride), (top, left), _chunks(x_wide, w_wide))
     return result.astype(x.dtype)
 
 
-def library_conv(x: Array, w: Array, *, stride: IntOrPair = 1, padding: IntOrPair = 0) -> Array:
+def library_conv(
+    x: Array,
+    w: Array,
+    *,
+    stride: IntOrPair = 1,
+    padding: Padding = 0,
+    dilation: IntOrPair = 1,
+    groups: int = 1,
+) -> Array:
     """XLA's convolution, with the arguments of `conv`."""
-    ph, pw = pair(padding)
-    numbers = ("NHWC", "HWIO", "NHWC")
-    return lax.conv_general_dilated(x, w, pair(stride), ((ph, ph), (pw, pw)), dimension_numbers=numbers)
+    return lax.conv_general_dilated(
+        x,
+        w,
+        pair(stride),
+        sides(padding),
+        rhs_dilation=pair(dilation),
+        dimension_numbers=("NHWC", "HWIO", "NHWC"),
+        feature_group_count=groups,
+    )
 
 
 class Geometry(NamedTuple):
@@ -288,25 +323,28 @@ _conv.defvjp(_forward, _backward)
 
 
 class Conv(nn.Module):
-    """A convolution layer: parameters "kernel" [kh, kw, C, features] and, with `use_bias`, "bias" [features].
+    """A convolution layer: parameters "kernel" [kh, kw, C / groups, features] and, with `use_bias`, "bias" [features].
 
-    `kernel_size`, `stride` and `padding` are ints or (height, width) pairs; the default start is He's normal draw
-    (variance 2 / fan out), as in PyTorch's residual networks.
+    `kernel_size`, `stride` and `padding` are ints or (height, width) pairs, see `conv`; the default start is He's
+    normal draw (variance 2 / fan out), as in PyTorch's residual networks.
     """
 
     features: int
     kernel_size: IntOrPair = 3
     stride: IntOrPair = 1
-    padding: IntOrPair = 0
+    padding: Padding = 0
     use_bias: bool = False
+    dilation: IntOrPair = 1
+    groups: int = 1
     kernel_init: Callable = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
     bias_init: Callable = nn.initializers.zeros_init()
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
         """x [B, H, W, C] to [B, h, w, features], in x's dtype."""
-        kernel = self.param("kernel", self.kernel_init, (*pair(self.kernel_size), x.shape[-1], self.features))
-        y = conv(x, kernel.astype(x.dtype), stride=self.stride, padding=self.padding)
+        shape = (*pair(self.kernel_size), x.shape[-1] // self.groups, self.features)
+        kernel = self.param("kernel", self.kernel_init, shape).astype(x.dtype)
+        y = conv(x, kernel, stride=self.stride, padding=self.padding, dilation=self.dilation, groups=self.groups)
         if self.use_bias:
             y = y + self.param("bias", self.bias_init, (self.features,)).astype(y.dtype)
         return y

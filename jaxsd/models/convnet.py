@@ -129,3 +129,6 @@ def nin(*, blocks: int = 4, pool_block3: bool = False, grow: int | None = None, 
 def alexnet_rotnet(*, adaptive_pool: bool = False, **common) -> AlexNetRotNet:
     """RotNet's AlexNet, for images of 224 pixels, or 63 and more (31 with `adaptive_pool`)."""
     return AlexNetRotNet(adaptive_pool=adaptive_pool, **common)
+
+
+VARIANTS = {"nin": (nin, 32), "alexnet_rotnet": (alexnet_rotnet, 224)}

@@ -1,4 +1,4 @@
-"""Batch normalisation with PyTorch's semantics."""
+"""Batch and layer normalisation with PyTorch's semantics."""
 
 import flax.linen as nn
 import jax
@@ -80,3 +80,23 @@ class BatchNorm(nn.Module):
             mean.value = self.momentum * mean.value + (1 - self.momentum) * batch_mean
             var.value = self.momentum * var.value + (1 - self.momentum) * unbiased
         return y
+
+
+class LayerNorm(nn.Module):
+    """Normalises the channels of each position (Ba et al. 2016), in float32, returned in x's dtype.
+
+    Parameters "scale" and "bias" [C]. PyTorch's own epsilon is 1e-5, most transformers' is 1e-6.
+    """
+
+    epsilon: float = 1e-6
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        """x [..., C] to the same shape."""
+        channels = x.shape[-1]
+        scale = self.param("scale", nn.initializers.ones_init(), (channels,))
+        bias = self.param("bias", nn.initializers.zeros_init(), (channels,))
+        wide = x.astype(jnp.float32)
+        centred = wide - wide.mean(-1, keepdims=True)
+        inverse = lax.rsqrt(jnp.square(centred).mean(-1, keepdims=True) + self.epsilon)
+        return (centred * inverse * scale + bias).astype(x.dtype)

@@ -136,3 +136,6 @@ def patchnet(
         first=tuple(first), widths=tuple(widths)[: count - 1], hidden=tuple(hidden), dropout=dropout,
         adaptive_pool=adaptive_pool, **common,
     )  # fmt: skip
+
+
+VARIANTS = {"patchnet": (patchnet, 512)}

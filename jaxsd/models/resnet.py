@@ -32,12 +32,12 @@ class Unit(nn.Module):
         if self.bottleneck:
             y = ConvNorm(self.width, 1, name="layer1")(x, train)
             y = ConvNorm(self.width, 3, self.stride, 1, name="layer2")(y, train)
-            y = ConvNorm(width, 1, relu=False, zero_scale=zero, name="layer3")(y, train)
+            y = ConvNorm(width, 1, activation=None, zero_scale=zero, name="layer3")(y, train)
         else:
             y = ConvNorm(width, 3, self.stride, 1, name="layer1")(x, train)
-            y = ConvNorm(width, 3, 1, 1, relu=False, zero_scale=zero, name="layer2")(y, train)
+            y = ConvNorm(width, 3, 1, 1, activation=None, zero_scale=zero, name="layer2")(y, train)
         if self.stride != 1 or x.shape[-1] != width:
-            x = ConvNorm(width, 1, self.stride, relu=False, name="shortcut")(x, train)
+            x = ConvNorm(width, 1, self.stride, activation=None, name="shortcut")(x, train)
         return nn.relu(x + y)
 
 
@@ -49,13 +49,14 @@ class Stage(nn.Module):
     stride: int
     bottleneck: bool
     zero_init_residual: bool
+    unit: type[nn.Module] = Unit
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool) -> jax.Array:
         """x [B, H, W, C] to the last unit's output."""
         for i in range(self.depth):
             stride = 1 if i else self.stride
-            x = Unit(self.width, stride, self.bottleneck, self.zero_init_residual, name=f"unit{i + 1}")(x, train)
+            x = self.unit(self.width, stride, self.bottleneck, self.zero_init_residual, name=f"unit{i + 1}")(x, train)
         return x
 
 
@@ -82,6 +83,22 @@ class ResNet(Sequential):
         """("stem", "block1", .., "head")."""
         return ("stem", *super().parts)
 
+    def published(self, name: str) -> str:
+        """As timm and torchvision name it: "layer1.0.conv2" for "block1/unit1/layer2/conv"."""
+        part, *inner = name.split("/")
+        kind = {"conv": "conv", "norm": "bn"}
+        if part == "head":
+            return "fc"
+        if part == "stem":
+            return kind[inner[0]] + "1"
+        stage = part.replace("block", "layer")
+        if not inner:
+            return stage
+        unit = f"{stage}.{int(inner[0].removeprefix('unit')) - 1}"
+        if inner[1] == "shortcut":
+            return f"{unit}.downsample.{('conv', 'norm').index(inner[2])}"
+        return f"{unit}.{kind[inner[2]]}{inner[1].removeprefix('layer')}"
+
     def run(self, name: str, x: jax.Array, train: bool, features: dict[str, jax.Array]) -> jax.Array:
         """The stem with its pool, or one stage."""
         if name == "stem":
@@ -90,7 +107,9 @@ class ResNet(Sequential):
             return max_pool(x, 3, 2, 1) if self.stem_kind == "imagenet" else x
         i = self.blocks.index(name)
         stride = 2 if i else 1
-        stage = Stage(self.depths[i], self.widths[i], stride, self.bottleneck, self.zero_init_residual, name=name)
+        stage = Stage(
+            self.depths[i], self.widths[i], stride, self.bottleneck, self.zero_init_residual, self.unit(Unit), name=name
+        )
         return self.shown(features, name, stage(x, train))
 
 
@@ -149,3 +168,6 @@ def _stem(name: str, resolution: int | None, stem: str | None) -> Stem:
     if resolution is None:
         raise UserError(f"{name} cannot choose its stem: give resolution= (side of the full-size images) or stem=")
     return "cifar" if resolution <= CIFAR_STEM_UP_TO else "imagenet"
+
+
+VARIANTS = {"resnet8": (resnet8, 32), "resnet18": (resnet18, 224), "resnet50": (resnet50, 224)}

@@ -1,0 +1,106 @@
+"""Writes tests/golden/NAME.json: what timm or torchvision computes from the tensors of `filled`, in float64.
+
+    PYTHONPATH=.:tests python tests/golden/make.py [NAME ...]
+
+Needs torch 2.13, torchvision 0.28 and timm 1.0.31; the tests need none of them. Each file holds, for two resolutions in
+inference mode, the first logits and for every block its shape, mean, mean magnitude and a few entries; with `train`
+also the loss, the norm of every gradient and the sums of the running statistics after one training step.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+import torch
+from filled import filled, pictures
+from flax.traverse_util import flatten_dict
+from golden.cases import CASES, entries, features_of
+
+from jaxsd.weights import published_name, to_timm
+
+HERE = Path(__file__).parent
+OPERATORS = torch.library.Library("torchvision", "FRAGMENT")  # a CPU torch lacks two that torchvision looks up
+for _name in ("nms", "qnms"):
+    OPERATORS.define(_name + "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+
+
+def reference(case):
+    """The peer's network for a case: timm's, or torchvision's for names that begin with tv:."""
+    if case.peer.startswith("tv:"):
+        import torchvision
+
+        return getattr(torchvision.models, case.peer[3:])(num_classes=case.outputs, **case.peer_options)
+    import timm
+
+    return timm.create_model(case.peer, num_classes=case.outputs, **case.peer_options)
+
+
+def loaded(case, model, resolution):
+    """The peer with the tensors of `filled`, every one of them in its place."""
+    params, collections = filled(model, resolution)
+    tensors = {
+        name: torch.from_numpy(value.copy()).double() for name, value in to_timm(model, params, collections).items()
+    }
+    peer = reference(case).double()
+    peer.load_state_dict(tensors, strict=True)
+    return peer
+
+
+def shown(peer, model, images, train):
+    """Outputs and the blocks' features as [B, h, w, D]."""
+    found, hooks = {}, []
+    modules = dict(peer.named_modules())
+    for block in model.blocks:
+        keep = lambda module, given, value, block=block: found.__setitem__(block, value)  # noqa: E731
+        hooks.append(modules[model.published(block)].register_forward_hook(keep))
+    peer.train(train)
+    outputs = peer(torch.from_numpy(images.transpose(0, 3, 1, 2).copy()).double())
+    for hook in hooks:
+        hook.remove()
+    return outputs, {block: features_of(value) for block, value in found.items()}
+
+
+def inference(case, resolution):
+    model = case.build(resolution)
+    peer = loaded(case, model, resolution)
+    with torch.no_grad():
+        outputs, features = shown(peer, model, pictures(resolution, 2), False)
+    return {
+        "logits": outputs[:, :8].tolist(),
+        "features": {block: entries(value.numpy()) for block, value in features.items()},
+    }
+
+
+def training(case, resolution):
+    model = case.build(resolution)
+    peer = loaded(case, model, resolution)
+    outputs, _ = shown(peer, model, pictures(resolution, 3), True)
+    loss = torch.nn.functional.cross_entropy(outputs, torch.arange(3))
+    loss.backward()
+    gradients, state = dict(peer.named_parameters()), peer.state_dict()
+    params, collections = filled(model, resolution)
+    names = {"/".join(path): published_name(model, ("params", *path)) for path in flatten_dict(params)}
+    running = {
+        "/".join(path): published_name(model, ("batch_stats", *path))
+        for path in flatten_dict(collections.get("batch_stats", {}))
+    }
+    return {
+        "loss": loss.item(),
+        "gradients": {path: float(gradients[name].grad.norm()) for path, name in names.items()},
+        "running": {path: float(state[name].sum()) for path, name in running.items()},
+    }
+
+
+def main():
+    for name in sys.argv[1:] or CASES:
+        case = CASES[name]
+        found = {"inference": {str(resolution): inference(case, resolution) for resolution in case.resolutions}}
+        if case.train:
+            found["train"] = training(case, case.resolutions[0])
+        rounded = json.loads(json.dumps(found), parse_float=lambda text: float(f"{float(text):.7g}"))
+        (HERE / f"{name}.json").write_text(json.dumps(rounded) + "\n")
+        print(name, (HERE / f"{name}.json").stat().st_size, "bytes", flush=True)
+
+
+if __name__ == "__main__":
+    main()
