@@ -3,7 +3,8 @@ import json
 import numpy as np
 import pytest
 
-from jaxsd import bench
+from jaxsd.bench import __main__ as bench
+from jaxsd.bench import recipe, turns
 
 RECIPE = ["recipe", "--data=digits", "--threads=1", "--repeats=2", "--epochs=10"]
 
@@ -24,8 +25,8 @@ def children(monkeypatch):
         total = 20.0 if fast else 30.0
         return {"total": total, "total_with_first_steps": total + 1, "parameters": 7, "process_s": total + 3}
 
-    monkeypatch.setattr(bench, "_child", child)
-    monkeypatch.setattr(bench, "_bind", lambda threads: None)
+    monkeypatch.setattr(turns, "_child", child)
+    monkeypatch.setattr(turns, "bind", lambda threads: None)
     return started
 
 
@@ -41,7 +42,7 @@ def test_sides_take_turns_and_the_best_peer_setting_counts(children, tmp_path, m
     settings = {(line["layout"], line["policy"]) for line in lines if line["side"] == "torch"}
     assert len(settings) == 4
     verdict = lines[-1]
-    assert verdict["ratio"] == 2.0 and verdict["medians"]["torch_setting"] == "channels_last, passive"
+    assert verdict["ratio"] == 2.0 and verdict["medians"]["torch_setting"] == "channels_last, passive, plain"
     assert verdict["ratio_with_first_steps"] == 1.5  # 21 s against 14 s
     assert verdict["ratio_warm_cache"] == round(21 / 11, 3)
     assert verdict["ratio_process"] == round(23 / 16, 3) and verdict["repeats"] == 2
@@ -54,14 +55,14 @@ def test_sides_take_turns_and_the_best_peer_setting_counts(children, tmp_path, m
 def test_another_network_is_no_comparison(children, tmp_path, monkeypatch, capsys):
     peer = tmp_path / "peer.py"
     peer.touch()
-    answer = bench._child
-    monkeypatch.setattr(bench, "_child", lambda *given: {**answer(*given), "parameters": len(children)})
+    answer = turns._child
+    monkeypatch.setattr(turns, "_child", lambda *given: {**answer(*given), "parameters": len(children)})
     assert bench.main([*RECIPE, "--against=python3", f"--peer={peer}"]) == 1
     assert capsys.readouterr().err.startswith("error: not the same network")
 
 
 def test_rates_drop_where_the_peers_do():
-    stages = bench._stages(bench.flags().parse_args(RECIPE), 10)
+    stages = recipe.stages(bench.flags().parse_args(RECIPE), 10)
     assert [stage.name for stage in stages] == ["alpha0.5", "alpha1", "finetune"]
     rates = stages[1].schedule.rates(10, 1)
     np.testing.assert_allclose(rates, [0.05] * 3 + [0.01] * 3 + [0.002] * 2 + [0.0004] * 2, rtol=1e-6)
@@ -83,7 +84,7 @@ def test_rates_drop_where_the_peers_do():
 )
 def test_wrong_use_is_one_line_and_status_2(wrong, monkeypatch, capsys):
     if "--threads=0" not in wrong:
-        monkeypatch.setattr(bench, "_bind", lambda threads: None)
+        monkeypatch.setattr(turns, "bind", lambda threads: None)
     assert bench.main(wrong) == 2
     error = capsys.readouterr().err
     assert error.startswith("error: ") and error.count("\n") == 1

@@ -30,14 +30,23 @@ FOLDERS = {
         "forward",
         "blocks",
         "convnet",
+        "vgg",
+        "resnest",
+        "residual",
         "resnet",
         "patchnet",
+        "vit",
+        "t2t",
+        "efficientnet",
+        "pvt",
         "probe",
         "catalogue",
         "__main__",
     ),
     "objectives": ("objective", "supervised", "regression", "rotation"),
     "train": ("schedule", "optimiser", "state", "step", "checkpoint", "loop", "trunk"),
+    "weights": ("files", "names", "fit", "__main__"),
+    "bench": ("turns", "step", "recipe", "patches", "__main__"),
     "evaluate": ("metrics", "regression", "features", "answers", "probes", "statistics", "cam"),
 }
 # What a folder or file may import from the others, besides `errors`; only from rows above its own.
@@ -55,12 +64,13 @@ MAY_IMPORT = {
     "objectives": ("views.augment", "views.pixels", "models.forward"),
     "train": ("objectives.objective", "models.forward", "data.source", "data.batches", "workdir"),
     "evaluate": ("data.source", "data.batches", "models.forward", "models.pool"),
-    "stage": ("workdir", "data", "views", "models.forward", "objectives.objective", "train"),
+    "weights": ("workdir", "models", "train.checkpoint"),
+    "stage": ("workdir", "weights", "data", "views", "models.forward", "objectives.objective", "train"),
     "weights": ("models",),
     "recipe": ("workdir", "data.source", "data.split", "views.view", "train", "evaluate", "stage"),
     "measure": ("workdir", "figures", "data.source", "evaluate", "train.loop", "stage", "recipe"),
     "pictures": ("workdir", "figures", "figures_scores", "views.view", "evaluate", "stage", "recipe", "measure"),
-    "build": ("data", "views", "models", "objectives", "train", "evaluate", "stage", "recipe"),
+    "build": ("data", "views", "models", "objectives", "train", "evaluate", "weights", "stage", "recipe"),
     "command": (
         "workdir",
         "tuning",
@@ -75,11 +85,10 @@ MAY_IMPORT = {
     ),
     "check_data": ("figures", "data", "recipe", "build"),
     "main": ("*",),
-    "bench_patches": ("tuning", "data", "views", "models", "objectives", "train", "stage"),
     "bench": ("*",),
     "check": ("*",),
 }
-COMMANDS = ("main", "bench", "check")
+COMMANDS = ("main", "bench.__main__", "check")
 SLOW = {"jax", "flax", "optax", "orbax", "sklearn", "scipy", "matplotlib", "skimage", "mlxtend"}  # not before --help
 FLAGS = {"absl", "ml_collections"}
 

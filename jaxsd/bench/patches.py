@@ -21,7 +21,6 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--epochs", type=int, default=3, help="timed, after one that is not")
     parser.add_argument("--of", type=int, default=80, help="epochs that a whole stage has")
     parser.add_argument("--stages", type=int, default=2, help="how many, from the last one back")
-    parser.add_argument("--threads", type=int, default=2, help="processor cores")
     parser.add_argument("--memory", action="store_true", help="peak memory of the first stage instead of times")
     parser.add_argument("--peak", type=int, help=argparse.SUPPRESS)  # one measurement of memory, in a fresh process
 

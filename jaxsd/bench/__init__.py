@@ -1,0 +1,1 @@
+"""Speed: `python -m jaxsd.bench step|recipe|patches`."""
