@@ -59,6 +59,7 @@ def base():
     config = ml_collections.ConfigDict()
     config.name = "scalenet"
     config.pretext_data = None
+    config.init = dict(weights=config_dict.placeholder(str), standardise="auto")  # the weights that all arms begin with
     config.inputs = ordered(original=())
     config.subsets = ordered(unlabelled=amount())
     config.arms = ordered(**ARMS)

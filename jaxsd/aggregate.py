@@ -116,11 +116,15 @@ def _mean_per_class(rows: Iterable[Row]) -> list[Row]:
 
 
 def separated(row: Row) -> bool | None:
-    """Whether the interval of a summary row's difference leaves out zero; None where there is no interval."""
+    """Whether the interval of a summary row's difference leaves out zero; None where there is no interval.
+
+    There is none either where every seed has the same difference: such an interval has no width, and tells how coarse
+    the numbers are, not how sure they are.
+    """
     if not row["difference"] or not row["difference"]["ci95"]:
         return None
     low, high = row["difference"]["ci95"]
-    return low > 0 or high < 0
+    return None if low == high else low > 0 or high < 0
 
 
 def gain(row: Row) -> float:

@@ -6,7 +6,7 @@ import json
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from jaxsd import data, models
+from jaxsd import data, models, weights
 from jaxsd.data.source import Source, Splits
 from jaxsd.data.split import split, subset
 from jaxsd.errors import UserError
@@ -60,12 +60,13 @@ SCHEDULES = {"constant": schedule.constant, "steps": schedule.steps, "cosine": s
 AMOUNTS = ("labels", "subsets")
 STAGE_KEYS = (
     "objective", "optimiser", "schedule", "epochs", "batch_size", "on", "view", "augment", "epoch_images", "drop_last",
-    "match", "fresh", "freeze", "model", "trunk", "average", "best_test",
+    "match", "fresh", "freeze", "model", "trunk", "average", "best_test", "start",
 )  # fmt: skip
 BESIDE = ("trunk", "average", "best_test")
+STARTS = ("weights", "random")  # of a stage with none before it: config.init's weights where there are any, or a draw
 CONFIG_KEYS = (
     "name", "preset", "data", "pretext_data", "inputs", "splits", "subsets", "labels", "model", "stages", "arms",
-    "probe", "evaluations", "seeds", "baseline", "attention", "save_seconds",
+    "probe", "evaluations", "seeds", "baseline", "attention", "save_seconds", "init",
 )  # fmt: skip
 
 Config = Mapping[str, Any]
@@ -137,6 +138,11 @@ def _recipe(config: Config, shape: tuple[int, int, int], classes: int, scored: b
                 "nothing is labelled or scored, and no arm has a pretext stage: use class folders or scores"
             )
     used = {stage.name: stage for arm in arms.values() for stage in arm}
+    for first in (arm[0] for arm in arms.values() if arm and arm[0].init is not None):
+        try:
+            weights.check(first.model)
+        except UserError as error:
+            raise UserError(f"--config.init.weights: stage {first.name!r}: {error}") from error
     for name, stage in used.items():
         _check_answers(name, config["stages"][name]["objective"]["name"], stage, classes, scored)
     if any(part["name"] == "patches" for parts in config["inputs"].values() for part in parts):
@@ -169,9 +175,15 @@ def _recipe(config: Config, shape: tuple[int, int, int], classes: int, scored: b
 def _check_answers(name: str, objective: str, stage: Stage, classes: int, scored: bool | None) -> None:
     """Raises UserError where a stage asks for what the images do not have."""
     if objective == "supervised" and not classes:
-        raise UserError(f"stage {name!r} learns classes, but the images have none: take the objective 'regression'")
+        raise UserError(
+            f"stage {name!r} learns classes, but the images have none: give labels, or learn scores "
+            "(a preset such as configs/patches.py:scores)"
+        )
     if objective == "regression" and scored is False:
-        raise UserError(f"stage {name!r} learns scores, but the images have none: take the objective 'supervised'")
+        raise UserError(
+            f"stage {name!r} learns scores, but the images have none: give scores, or learn classes "
+            "(a preset such as configs/patches.py:folder)"
+        )
     if stage.best_test and not stage.downstream:
         raise UserError(f"stage {name!r}: best_test is for stages on 'labelled' images")
 
@@ -205,6 +217,7 @@ class _Builder:
 
     def __init__(self, config: Config, shape: tuple[int, int, int], classes: int):
         self.model, self.side, self.classes = dict(config["model"]), max(shape[:2]), classes
+        self.init = _init(config.get("init") or {})
         self._made: dict[str, Any] = {}
 
     def once(self, what: Any, make: Callable[[], Any]) -> Any:
@@ -251,7 +264,8 @@ class _Builder:
         plain["fresh"] = tuple(
             one for name in part.get("fresh", ()) for one in (_top(model) if name == "top" else [name])
         )
-        spec = {k: v for k, v in part.items() if k not in ("epochs", "match", "on", "trunk", "average")}
+        _pick(dict.fromkeys(STARTS), part.get("start", "weights"), f"{where}: start")
+        spec = {k: v for k, v in part.items() if k not in ("epochs", "match", "on", "trunk", "average", "start")}
         return Stage(
             name=name,
             model=model,
@@ -262,9 +276,22 @@ class _Builder:
             view=view.compose(*(_view(one) for one in part.get("view", ()))),
             augment=augment.chain(*augments) if augments else None,
             under=under,
+            init=self.init if part.get("start") != "random" else None,
             spec=json.loads(json.dumps({"network": network, **spec})),
             **plain,
         )
+
+
+def _init(part: Config) -> weights.Published | None:
+    """The published weights that the first stage of every arm begins with, if the config names any."""
+    if not part.get("weights"):
+        return None
+    _check(weights.published, part, "init")
+    try:
+        found = weights.published(**part)
+        return found._replace(name=f"{found.name} (--config.init.weights)")
+    except UserError as error:
+        raise UserError(f"--config.init.weights: {error}") from error
 
 
 def _top(model: Any) -> list[str]:

@@ -12,7 +12,7 @@ import numpy as np
 from jaxsd import build
 from jaxsd.data.files import SPLIT_NAMES, scan
 from jaxsd.data.source import Source, Splits
-from jaxsd.data.split import copies, part, shared_groups, subset
+from jaxsd.data.split import copies, part, shared_groups, subset, unmeasurable
 from jaxsd.errors import UserError
 from jaxsd.figures import image_rows
 from jaxsd.recipe import Recipe
@@ -61,15 +61,14 @@ def inspect(config: Config, splits: Splits, pretext: Source | None = None) -> Fi
     train = splits.train
     height, width, channels = train.shape
     lines = [f"{splits.name}: {height}x{width} pixels, {channels} channel{'s' if channels > 1 else ''}"]
-    warnings, errors = [], []
+    warnings: list[str] = []
+    errors: list[str] = []
     if splits.skipped:
         warnings.append(f"{len(splits.skipped)} images cannot be read and are left out: {_some(splits.skipped)}")
     if empty := empty_folders(config["data"]):
         warnings.append(f"class folders without images are passed over: {_some(empty)}")
     if train.scores is not None:
         lines += _scores(train, splits.score)
-        if train.scores.min() == train.scores.max():
-            warnings.append("all scores are equal: there is nothing to predict")
     elif train.labels is None:
         warnings.append("there are neither labels nor scores: only pretext stages can be trained")
     if config.get("splits") and (splits.test or splits.validation):
@@ -85,6 +84,7 @@ def inspect(config: Config, splits: Splits, pretext: Source | None = None) -> Fi
     for name, parts in ways.items():
         lines += ["", *_parts(name, parts)]
         where = f"split {name}: " if name else ""
+        errors += [where + reason] if (reason := unmeasurable(parts)) else []
         warnings += [where + text for text in _doubts(parts, pretext)]
         for level, text in _stages(recipe, parts.train, pretext):
             (errors if level == "error" else warnings).append(where + text)

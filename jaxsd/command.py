@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 
 from jaxsd import __version__, build, pictures, report, tuning
 from jaxsd.aggregate import aggregate
 from jaxsd.data.source import Source, Splits, describe
-from jaxsd.data.split import duplicates, part, shared_groups
+from jaxsd.data.split import duplicates, part, shared_groups, unmeasurable
 from jaxsd.errors import UserError
 from jaxsd.measure import measure
 from jaxsd.recipe import Experiment, Recipe
@@ -57,6 +58,9 @@ def run(
     scored = splits.train.scores is not None
     recipe = build.recipe(config, splits.train.shape, len(splits.train.classes), scored=scored)
     parted = parts(recipe, splits)
+    for key, parts_of in parted.items():
+        if reason := unmeasurable(parts_of):
+            raise UserError(f"split {key[0]}, seed {key[1]}: {reason}" if key else reason)
     copies, shared = leaks(parted, pretext), shared_scenes(parted)
     if copies:
         log.warning("%d test images are pixel-equal to training images: results will be too good", copies)
@@ -73,13 +77,14 @@ def run(
         experiment.look()
     summary = heading(config, recipe.baseline, next(iter(parted.values())), pretext, copies)
     summary["rows"] = aggregate(rows, baseline=recipe.baseline)
-    summary["notes"] += shared + report.gaps(summary["rows"])
+    summary["notes"] += shared + guesses(parted) + report.gaps(summary["rows"])
     known = report.load(workdir) if not missing and (workdir / "summary.json").exists() else {"rows": None}
     names = known.get("pictures", [])
     if known["rows"] != report.plain(summary["rows"]) or not names or not all((workdir / n).exists() for n in names):
         names = pictures.draw(experiment, cells, rows, summary, maps=config["attention"])
     summary["pictures"] = names
     report.write(workdir, summary)
+    report.write_predictions(workdir, rows)
     print(report.table(summary))
     return summary
 
@@ -119,6 +124,23 @@ def shared_scenes(parted: Parted) -> list[str]:
             of = f"{count} of {len(splits.test or ())} test images show a scene that is also trained on"
             lines[name] = f"{name}: {of}, so its results are too good"
     return list(lines.values())
+
+
+def guesses(parted: Parted) -> list[str]:
+    """What is reached without looking at an image, for each split: by the mean score, or by the commonest class."""
+    found: dict[str, list[float]] = {}
+    for key, splits in parted.items():
+        train, test = splits.train, splits.test
+        if test is None:
+            continue
+        where = f", split {key[0]}" if key is not None else ""
+        if train.scores is not None and test.scores is not None:
+            error = float(np.abs(test.scores - train.scores.mean()).mean())
+            found.setdefault(f"always answering the training images' mean score{where}: MAE {{:.3f}}", []).append(error)
+        elif train.labels is not None and test.labels is not None:
+            share = float((test.labels == np.bincount(train.labels).argmax()).mean())
+            found.setdefault(f"always answering the commonest class{where}: {{:.1f}} %", []).append(100 * share)
+    return [text.format(np.mean(values)) for text, values in found.items()]
 
 
 def heading(
@@ -166,7 +188,8 @@ def protocol(config: Config, splits: Splits) -> str:
     parts = [
         f"{splits.name}: {', '.join(f'{count:,} {name}' for count, name in sizes)} images, "
         + (splits.score or f"{len(splits.train.classes)} classes"),
-        config["model"]["name"],
+        config["model"]["name"]
+        + (f" begun with {init}" if (init := (config.get("init") or {}).get("weights")) else ""),
         *(
             f"{name}: {way.get('test', 0.2):.0%} held out by {WAYS[way.get('by', 'group')]}, drawn anew for each seed"
             for name, way in (config.get("splits") or {}).items()

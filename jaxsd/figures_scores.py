@@ -25,7 +25,13 @@ SHADE = 0.65  # brightness of colours where the picture is black; 1 where it is 
 
 
 def quality_map(
-    path: str | Path, image: np.ndarray, maps: Mapping[str, np.ndarray], *, score: float | None = None, unit: str = ""
+    path: str | Path,
+    image: np.ndarray,
+    maps: Mapping[str, np.ndarray],
+    *,
+    score: float | None = None,
+    unit: str = "",
+    name: str = "",
 ) -> None:
     """Draws a picture and, beside it, one panel for each patch size: the patches' scores as colours over the picture.
 
@@ -33,7 +39,8 @@ def quality_map(
     which is the image's predicted score.
     path: where to write; its ending is the format (png, pdf, svg). image: uint8 [H, W, C] with 1 or 3 channels. maps:
     {patch size: scores [rows, cols] of the patches, row by row}, each spread evenly over the picture (exactly where
-    patches do not overlap). score: the true one. unit: what scores are ("DMOS"), beside the colour bar.
+    patches do not overlap). score: the true one. unit: what scores are ("DMOS"), beside the colour bar. name: the
+    picture's.
     Raises UserError where there is no map or one that is not [rows, cols] of finite numbers.
     """
     from matplotlib.cm import ScalarMappable
@@ -63,7 +70,8 @@ def quality_map(
 
     panel = axes_at(0)
     show_picture(panel, image)
-    panel.set_title("picture" if score is None else f"true score {score:.4g}", fontsize=TEXT)
+    title = [name or "picture"] if score is None else [*([name] if name else []), f"true score {score:.4g}"]
+    panel.set_title(textwrap.shorten(", ".join(title), 34, placeholder="…"), fontsize=TEXT)
     for cell, (name, values) in enumerate(maps.items(), start=1):
         panel = axes_at(cell)
         show_picture(panel, _coloured(image, colours.to_rgba(values)[..., :3]))
@@ -90,7 +98,8 @@ def predicted_scores(
     path: where to write; its ending is the format (png, pdf, svg). predictions: {arm: finite numbers [N]}. scores: the
     true ones [N]. unit: what both are ("DMOS"). kinds: the kind of each image [N], told apart by colour and shape.
     curves: {arm: (predictions [M], fitted scores [M])}, drawn as a line: the logistic fit. titles: {arm: a line under
-    its name}, such as its correlations.
+    its name}, such as its correlations. Both axes reach half the range of the true scores beyond it at most: an arm
+    that is far off does not hide the others; what lies beyond is drawn at the border and counted in the title.
     Raises UserError where these do not fit together.
     """
     if not predictions:
@@ -106,15 +115,19 @@ def predicted_scores(
         if arm not in predictions or np.shape(x) != np.shape(y):
             raise UserError(f"the curve of {arm!r} must be (x, y) of one length for an arm that has predictions")
     known = sorted(set(kinds))
+    bounds = _bounds(scores)
+    beyond = {arm: int(((x < bounds[0]) | (x > bounds[1])).sum()) for arm, x in predictions.items()}
+    predictions = {arm: np.clip(values, *bounds) for arm, values in predictions.items()}
     low, high = _limits([scores, *predictions.values()])
-    headings = [_heading(arm, (titles or {}).get(arm, "")) for arm in predictions]
+    notes = {arm: [(titles or {}).get(arm, ""), f"{n} beyond the axis" if n else ""] for arm, n in beyond.items()}
+    headings = [_heading(arm, ", ".join(filter(None, notes[arm]))) for arm in predictions]
     figure, panels, columns = _scatter_panels(headings, unit, len(known))
     for panel, (arm, values) in zip(panels, predictions.items(), strict=True):
         _scatter(panel, values, scores, known, np.asarray(kinds))
         panel.plot([low, high], [low, high], "--", color="0.6", linewidth=1.2, zorder=1, label="predicted = true")
         if curves and arm in curves:
             order = np.argsort(curves[arm][0])
-            x, y = (np.asarray(part)[order] for part in curves[arm])
+            x, y = (np.clip(np.asarray(part)[order], *bounds) for part in curves[arm])
             panel.plot(x, y, color="white", linewidth=3.5, zorder=3)
             panel.plot(x, y, color="black", linewidth=1.6, zorder=3, label="logistic fit")
         panel.set(xlim=(low, high), ylim=(low, high), aspect="equal")
@@ -139,14 +152,17 @@ def metric_by_stage(
     intervals: Sequence[Sequence[float] | None],
     *,
     baseline: tuple[float, Sequence[float] | None] | None = None,
+    against: str = "baseline",
     metric: str = "",
     unit: str = "",
+    limits: tuple[float, float] = (-math.inf, math.inf),
 ) -> None:
     """Draws a metric over the stages of a chain, with its intervals as bars, against the baseline as a band.
 
     path: where to write; its ending is the format (png, pdf, svg). stages: names, such as patch sizes, from left to
     right. means: one per stage; None leaves a gap. intervals: (low, high) per stage; None (one seed) draws no bar.
-    baseline: mean and interval of what the chain is compared with. metric, unit: beside the axis.
+    baseline: mean and interval of what the chain is compared with, which is called `against`. metric, unit: beside the
+    axis. limits: what the metric cannot pass; intervals end there.
     Raises UserError where there is not one mean and one interval for each stage.
     """
     if not stages or not len(stages) == len(means) == len(intervals):
@@ -159,13 +175,13 @@ def metric_by_stage(
     values = np.array([math.nan if mean is None else mean for mean in means], float)
     if baseline is not None:
         mean, band = baseline
-        axes.axhline(mean, linestyle="--", color=COLOURS[3], linewidth=1.6, label="baseline", zorder=1)
+        axes.axhline(mean, linestyle="--", color=COLOURS[3], linewidth=1.6, label=against, zorder=1)
         if band is not None:
-            axes.axhspan(*band, color=COLOURS[3], alpha=0.18, linewidth=0, zorder=0)
+            axes.axhspan(*np.clip(band, *limits), color=COLOURS[3], alpha=0.18, linewidth=0, zorder=0)
     axes.plot(places, values, "o-", color=COLOURS[0], linewidth=1.8, markersize=6, label="growing patches", zorder=3)
     barred = [place for place in range(len(stages)) if intervals[place] is not None and not math.isnan(values[place])]
     if barred:
-        ends = np.array([intervals[place] for place in barred], float)
+        ends = np.clip(np.array([intervals[place] for place in barred], float), *limits)
         reach = np.abs(ends.T - values[barred])  # [2, bars]: down, up
         axes.errorbar(barred, values[barred], reach, fmt="none", color=COLOURS[0], capsize=4, zorder=2)
     turned = {"rotation": 30, "ha": "right", "rotation_mode": "anchor"} if max(map(len, stages)) > 9 else {}
@@ -255,6 +271,13 @@ def _coloured(image: np.ndarray, colours: np.ndarray) -> np.ndarray:
     light = SHADE + (1 - SHADE) * image.mean(axis=-1, keepdims=True) / 255
     rows, columns = (np.arange(n) * part // n for n, part in zip((height, width), colours.shape, strict=False))
     return light * colours[rows][:, columns]
+
+
+def _bounds(scores: np.ndarray) -> tuple[float, float]:
+    """The range of true scores, and half of it more on either side."""
+    low, high = float(scores.min()), float(scores.max())
+    more = (high - low) / 2 or 0.5
+    return low - more, high + more
 
 
 def _limits(parts: Sequence[np.ndarray]) -> tuple[float, float]:

@@ -138,6 +138,7 @@ def _judged(answers: np.ndarray, test: Source) -> Rows:
     if test.kinds:
         rows[0]["per_kind"] = per_kind(predictions, test.scores, test.kinds)
     rows[0]["predictions"], rows[0]["scores"] = predictions.tolist(), test.scores.tolist()
+    rows[0]["names"] = list(test.names)
     return rows
 
 
@@ -178,8 +179,9 @@ def _on_features(name: str, classify: Callable[..., np.ndarray]) -> Callable[[Ex
         stage = runs[-1].stage if runs else experiment.runs(cell)[-1].stage
         train, train_print = experiment.given(cell, "labelled")
         train_labels, labels, classes = train.labels, test.labels, test.classes
-        standard = [part.tolist() for part in experiment.viewed(cell).standard]
-        start = runs[-1].fingerprint() if runs else fingerprint(["untrained", stage.spec, cell.seed, standard])
+        standard = [part.tolist() for part in experiment.standard(cell)]
+        init = [stage.init.identity()] if stage.init is not None else []
+        start = runs[-1].fingerprint() if runs else fingerprint(["untrained", stage.spec, cell.seed, standard, *init])
 
         def features() -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
             trained = experiment.trained(cell, runs) if runs else experiment.untrained(cell, stage)

@@ -71,7 +71,9 @@ def _scores(experiment: Experiment, cells: list[Cell], rows: Rows, summary: dict
             [means[arm]["mean"] for arm in chain],
             [means[arm]["ci95"] for arm in chain],
             baseline=(base["mean"], base["ci95"]) if base is not None and base["mean"] is not None else None,
+            against=summary["baseline"],
             metric=METRIC,
+            limits=(-1, 1),
         )
     _map(experiment, {cell.arm: cell for cell in cells if cell.arm in chain}, unit)
     return drawn
@@ -84,7 +86,8 @@ def _predicted(path: Path, found: dict[str, Any], rows: Rows, kinds: Sequence[st
         if (fitted := logistic5(values, np.asarray(row["scores"]))) is not None:
             curves[arm] = (values, fitted)
         told = {r["metric"]: r["value"] for r in rows if r["arm"] == arm and r["metric"] in ("pearson", "spearman")}
-        titles[arm] = ", ".join(f"{name} {value:.3f}" for name, value in told.items() if value is not None)
+        told = [f"{name} {value:.3f}" for name, value in told.items() if value is not None]
+        titles[arm] = ", ".join([f"seed {row['seed']}", *told])
     predictions = {arm: np.asarray(row["predictions"]) for arm, row in found.items()}
     scores = np.asarray(next(iter(found.values()))["scores"])
     figures_scores.predicted_scores(path, predictions, scores, unit=unit, kinds=kinds, curves=curves, titles=titles)
@@ -116,4 +119,5 @@ def _map(experiment: Experiment, cells: dict[str, Cell], unit: str) -> None:
         scale, collections = stage.objective.scale, trained.extra["model"]
         maps[arm] = patch_scores(stage.model, trained.params, collections, stage.view(chosen), scale)[0]
     path = experiment.workdir / "quality_map.png"
-    figures_scores.quality_map(path, chosen.images[0], maps, score=float(chosen.scores[0]), unit=unit)  # type: ignore[index]
+    name = Path(chosen.names[0]).name if chosen.names else ""
+    figures_scores.quality_map(path, chosen.images[0], maps, score=float(chosen.scores[0]), unit=unit, name=name)  # type: ignore[index]

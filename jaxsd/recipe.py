@@ -138,6 +138,14 @@ class Experiment:
             self._pools[name] = Viewed(splits, pretext, standardisation(splits.train))
         return self._pools[name]
 
+    def standard(self, cell: Cell) -> tuple[np.ndarray, np.ndarray]:
+        """Mean and deviation [C] that all networks of the cell's arm take from the images in [0, 1].
+
+        Those of the training images at full size, or of the published weights that the arm begins with.
+        """
+        ours, first = self.viewed(cell).standard, self.recipe.arms[cell.arm][0]
+        return ours if first.init is None else first.init.standard(ours)
+
     def given(self, cell: Cell, on: str) -> tuple[Source, str]:
         """The images that a stage of the cell sees, and their fingerprint."""
         labelled = on == "labelled"
@@ -171,7 +179,7 @@ class Experiment:
             path.append(stage.name)
             parent = runs[-1].fingerprint() if runs else None
             stage = self._matched(stage, cell)
-            data, standard = self.given(cell, stage.on)[1], self.viewed(cell).standard
+            data, standard = self.given(cell, stage.on)[1], self.standard(cell)
             test = self.viewed(cell).splits.test
             if stage.best_test and test is not None:  # then the journal holds what was measured on them
                 data = fingerprint([data, test.fingerprint(), stage.average])
@@ -257,9 +265,9 @@ class Experiment:
         return "probe" in self.recipe.evaluations and cell.arm in self.recipe.probes
 
     def untrained(self, cell: Cell, stage: Stage) -> Trained:
-        """The network of a stage as it is drawn, before any training: what learned features are compared with."""
+        """The network of a stage as it begins, before any training: what learned features are compared with."""
         source, _ = self.given(cell, stage.on)
-        run = Run(stage, ("untrained",), cell.seed, "", None, self.viewed(cell).standard)
+        run = Run(stage, ("untrained",), cell.seed, "", None, self.standard(cell))
         return drawn(run, source)
 
     def remembered(self, what: tuple, compute: Callable[[], Any]) -> Any:

@@ -1,5 +1,7 @@
 """What a person sees of summary rows: the tables, the notes under them, table.md and summary.json."""
 
+import csv
+import io
 import json
 import os
 import textwrap
@@ -19,6 +21,7 @@ Key = tuple[str, str | None, str]  # evaluation, block, metric
 WIDTH = 110  # columns of a printed line
 EVALUATIONS = ("pretext", "knn", "ridge", "probe", "finetune")  # as shown; the last that there is gives the answer
 WORST = 20  # classes listed at most
+FEW = 100  # test images, below which one of them shows in the table
 FRACTIONS = ("accuracy", "balanced_accuracy", "best_accuracy", "patch_accuracy")  # shown in per cent
 BESIDE = ("pearson", "mae")  # shown beside the answer where that is a rank correlation
 WORDS = {
@@ -48,6 +51,8 @@ def words(row: Row) -> str:
         return ""
     if row["difference"]["ci95"] is None:
         return "one seed: no interval"
+    if separated(row) is None:
+        return "the same in every seed: no interval"
     if not separated(row):
         return "not separated"
     return f"{'better' if gain(row) > 0 else 'worse'} by {_number(abs(row['difference']['mean']), row['metric'])}"
@@ -264,6 +269,16 @@ def _notes(summary: Row) -> list[str]:
     rows, notes = summary["rows"], []
     if any(row["chosen_on_test"] for row in rows):
         notes.append("† chosen on the test images: too good, not to be compared with unmarked numbers")
+    if any(row["metric"].endswith("logistic5") for row in rows):
+        notes.append(
+            "(logistic fit): after a curve of five parameters has been fitted to the test scores themselves, as is "
+            "usual for scores; answers that are far off can look good in it"
+        )
+    count = summary["data"].get("test") or 0
+    if 0 < count < FEW and any(row["metric"] == "accuracy" for row in rows):
+        notes.append(
+            f"{count} test images: each is worth {100 / count:.1f} points; intervals are over seeds, not over images"
+        )
     copies = summary["data"].get("duplicates_train_test")
     if copies is not None:
         harm = " (results are too good)" if copies else ""
@@ -336,6 +351,22 @@ def write(workdir: str | Path, summary: Row) -> None:
     classes = per_class_table(summary, markdown=True) or per_kind_table(summary, markdown=True)
     _replace(Path(workdir) / "table.md", table(summary, markdown=True) + ("\n" + classes if classes else ""))
     _replace(Path(workdir) / "summary.json", text + "\n")
+
+
+def write_predictions(workdir: str | Path, rows: Iterable[Row]) -> None:
+    """Writes predictions.csv: the answer for every test image of every row that has them; nothing where none has."""
+    rows = [row for row in rows if "predictions" in row]
+    if not rows:
+        return
+    text = io.StringIO()
+    table = csv.writer(text, lineterminator="\n")
+    place = ("arm", *GROUP, "seed")
+    table.writerow([*place, "file", "score", "prediction"])
+    for row in rows:
+        names = row.get("names") or [""] * len(row["scores"])
+        for name, score, answer in zip(names, row["scores"], row["predictions"], strict=True):
+            table.writerow([*("" if row.get(key) is None else row[key] for key in place), name, score, answer])
+    _replace(Path(workdir) / "predictions.csv", text.getvalue())
 
 
 def load(workdir: str | Path) -> Row:

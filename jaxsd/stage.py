@@ -15,6 +15,7 @@ import numpy as np
 import optax
 from clu.parameter_overview import get_parameter_overview
 
+from jaxsd import weights
 from jaxsd.data.source import Source
 from jaxsd.errors import RunError, Stopped, UserError
 from jaxsd.models.forward import STANDARDISE
@@ -45,6 +46,7 @@ class Stage:
     trunk: where the frozen trunk's features are kept once computed, one of train.trunk.PLACES; "never": the trunk runs
         in every step. Nothing is kept where images are augmented: then there is nothing fixed to keep.
     average: how the answers for the patches of an image become one: "probability", "logits" or "vote".
+    init: published weights that it begins with, all but the head and `fresh`, where no stage comes before it.
     best_test: also report the best epoch by the test images, as some papers do; such rows are marked.
     spec: the same as a JSON value, for the fingerprint: network, objective, optimiser, augmentations and whatever else
         decides the weights. Needed where a run is written to a workdir.
@@ -67,6 +69,7 @@ class Stage:
     under: str = ""
     freeze: tuple[str, ...] = ()
     trunk: str = "auto"
+    init: weights.Published | None = None
     average: str = "probability"
     best_test: bool = False
     spec: Mapping[str, Any] = dataclasses.field(default_factory=dict)
@@ -110,6 +113,7 @@ class Run(NamedTuple):
         """Everything that decides the weights, as a JSON value."""
         # The schedule as it is run: stretched stages have other milestones than their spec.
         stage = {**self.stage.spec, "schedule": dataclasses.asdict(self.stage.schedule)}
+        init = self.stage.init.identity() if self.stage.init is not None and self.parent is None else None
         return {
             "stage": json.loads(json.dumps(stage)),
             "epochs": self.stage.epochs,
@@ -117,6 +121,7 @@ class Run(NamedTuple):
             "seed": self.seed,
             "data": self.data,
             "parent": self.parent,
+            **({"init": init} if init else {}),
             "standard": [[float(value) for value in part] for part in self.standard],
             "format": WEIGHTS_FORMAT,
         }
@@ -160,23 +165,26 @@ def start(
     """The state that a stage begins with, and where each of its tensors came from."""
     init_key, run_key = jax.random.split(key)
     params, extra = stage.objective.init(init_key, {"image": sample_of(source)})
-    target = {"params": params, **{k: v for k, v in extra["model"].items() if k != STANDARDISE}}
-    if parent is None:
+    collections = {k: v for k, v in extra["model"].items() if k != STANDARDISE}
+    if parent is not None:
+        given = {"params": parent.params, **{k: v for k, v in parent.extra["model"].items() if k != STANDARDISE}}
+        collections, lines = carry(given, {"params": params, **collections}, fresh=stage.fresh, under=stage.under)
+        params = collections.pop("params")
+    elif stage.init is not None:
+        fresh = ("head", *stage.fresh)
+        params, collections, lines = weights.load(stage.init, stage.model, params, collections, fresh=fresh)
+    else:
         lines = [
             {"tensor": "/".join(str(part.key) for part in path), "action": "fresh", "shape": list(leaf.shape)}
-            for path, leaf in jax.tree_util.tree_leaves_with_path(target)
+            for path, leaf in jax.tree_util.tree_leaves_with_path({"params": params, **collections})
         ]
-    else:
-        given = {k: v for k, v in parent.extra["model"].items() if k != STANDARDISE}
-        target, lines = carry({"params": parent.params, **given}, target, fresh=stage.fresh, under=stage.under)
-    params, collections = target.pop("params"), target
     mean, std = standard
     collections[STANDARDISE] = {"mean": jax.numpy.asarray(mean), "std": jax.numpy.asarray(std)}
     return create(run_key, params, {**extra, "model": collections}, stage.optimiser, freeze=stage.freeze), lines
 
 
 def drawn(run: Run, source: Source) -> Trained:
-    """The weights of a run as they are drawn, before any training and with nothing from a stage before."""
+    """The weights of a run before any training: as they are drawn, or published, with nothing from a stage before."""
     state, _ = start(run.stage, run.key(), run.stage.view(source.take([0])), run.standard, None)
     return Trained(merge(state.params, state.frozen), state.extra)
 
@@ -287,6 +295,8 @@ def train_run(
         data["trunk"] = known.features
     options = {"grid": viewed.grid, "feed": known.feed if known is not None else None, "watch": watch}
     state = loop.run(state, data, plan, stage.objective, stage.optimiser, stage.augment, **options)
+    if watch.journal is not None and (last := watch.journal.last()) is not None:
+        log.info("%s: trained in %.0f s, loss %.4g", watch.where, last["seconds"], last["loss"])
     if folder is not None and watch.journal is not None:
         trunk.clear(folder / "trunk")  # first: a stage that is done is never looked at again
         write_json(folder / "done.json", _record(run, viewed, watch.journal, plan))

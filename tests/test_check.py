@@ -161,8 +161,9 @@ def test_splits_that_cannot_be_drawn_are_errors():
     assert found.errors and "split 'by_group': a split by group needs images of two scenes" in found.errors[0]
     equal = noise(12, scores=np.ones(12), groups=tuple("abcdef") * 2)
     own = Splits("made", equal, None, noise(2, scores=np.ones(2), groups=("a", "z")), (), "DMOS")
-    warnings = check_data.inspect(scored_config({}), own).warnings
-    assert any("all scores are equal" in warning for warning in warnings)
+    told = check_data.inspect(scored_config({}), own)
+    (error,), warnings = told.errors, told.warnings
+    assert "all scores of the training images are 1" in error
     assert any(w.startswith("1 of 2 test images show a scene") for w in warnings)
     assert any("are not used" in w for w in check_data.inspect(scored_config(BOTH), own).warnings)
 

@@ -20,7 +20,7 @@ from jaxsd.models.pool import (
     max_pool,
 )
 
-# batch, height, width, channels, features, kernel, stride, padding
+# batch, height, width, channels, features, kernel, stride, padding, and where they are not 1: dilation, groups
 SHAPES = [
     (4, 8, 8, 5, 6, 3, 1, 1),
     (6, 7, 9, 5, 6, 3, 1, 1),
@@ -38,6 +38,21 @@ SHAPES = [
     (4, 7, 8, 6, 5, 1, 2, 0),
     (5, 8, 8, 6, 4, 4, 4, 0),
     (2, 9, 9, 5, 4, (3, 1), (1, 2), (1, 0)),
+    (3, 8, 8, 5, 6, 3, 1, ((0, 1), (2, 0))),
+    (3, 7, 8, 5, 6, (2, 3), 2, ((1, 0), (0, 3))),
+    (4, 9, 8, 6, 5, 3, 1, 2, 2),
+    (4, 9, 8, 6, 5, 3, 2, (2, 4), (2, 3)),
+    (2, 2, 2, 6, 5, 3, 1, 1),
+    (2, 2, 3, 3, 4, 3, 1, 4, 3),
+    (4, 8, 6, 12, 18, 3, 1, 1, 1, 3),
+    (4, 9, 8, 48, 24, 3, 2, 1, 1, 12),
+    (2, 8, 8, 16, 16, 3, 1, 2, 2, 2),
+    (2, 7, 6, 10, 15, 1, 2, 0, 1, 5),
+    (4, 9, 8, 6, 6, 3, 1, 1, 1, 6),
+    (4, 9, 8, 6, 6, 5, 2, 2, 1, 6),
+    (2, 5, 9, 6, 6, (3, 5), (2, 1), ((0, 3), (4, 5)), (2, 1), 6),
+    (2, 40, 3, 6, 6, 3, 2, 1, 1, 6),
+    (4, 6, 6, 6, 12, 3, 1, 1, 1, 6),
 ]
 
 
@@ -59,12 +74,12 @@ def value_and_gradients(function, x, k, dy):
 
 
 def both(shape, dtype=jnp.float32):
-    b, h, w, c, o, kernel, stride, padding = shape
+    b, h, w, c, o, kernel, stride, padding, dilation, groups = (*shape, 1, 1)[:10]
     kh, kw = rules.pair(kernel)
-    x, k = (v.astype(dtype) for v in draw((b, h, w, c), (kh, kw, c, o)))
+    x, k = (v.astype(dtype) for v in draw((b, h, w, c), (kh, kw, c // groups, o)))
     sides = []
     for function in (conv, library_conv):
-        apply = functools.partial(function, stride=stride, padding=padding)
+        apply = functools.partial(function, stride=stride, padding=padding, dilation=dilation, groups=groups)
         (dy,) = draw(jax.eval_shape(apply, x, k).shape, seed=1)
         sides.append(jax.jit(functools.partial(value_and_gradients, apply))(x, k, dy.astype(dtype)))
     return sides
@@ -78,18 +93,19 @@ def test_value_and_gradients_are_those_of_the_library(shape, chunk_bytes, monkey
         assert distance(ours, theirs) < 3e-6  # float32 with Winograd's transforms
 
 
-@pytest.mark.parametrize("shape", [SHAPES[0], SHAPES[5], SHAPES[8]], ids=str)
+@pytest.mark.parametrize("shape", [SHAPES[0], SHAPES[5], SHAPES[8], SHAPES[22], SHAPES[27]], ids=str)
 def test_bfloat16_is_rounded_once(shape):
     for ours, theirs in zip(*both(shape, jnp.bfloat16), strict=True):
         assert distance(ours, theirs) < 2**-7
 
 
-def test_kernels_under_vmap_scan_and_checkpoint(monkeypatch):
+@pytest.mark.parametrize("groups", [1, 2, 6])
+def test_kernels_under_vmap_scan_and_checkpoint(groups, monkeypatch):
     monkeypatch.setattr(rules, "CHUNK_BYTES", 1 << 11)
-    x, kernels = draw((4, 8, 8, 5), (3, 3, 3, 5, 6))  # three seeds
+    x, kernels = draw((4, 8, 8, 6), (3, 3, 3, 6 // groups, 6))  # three seeds
 
     def loss(k, x, function=conv):
-        return jnp.sin(function(x, k, padding=1)).sum()
+        return jnp.sin(function(x, k, padding=1, groups=groups)).sum()
 
     expected = jnp.stack([jax.grad(loss)(k, x, library_conv) for k in kernels])
     assert distance(jax.vmap(jax.grad(loss), (0, None))(kernels, x), expected) < 3e-6
@@ -142,13 +158,14 @@ def test_pools_by_hand():
     np.testing.assert_allclose(global_average_pool(count), [[17.0]])
 
 
-def test_eight_devices_give_the_numbers_of_one(monkeypatch):
+@pytest.mark.parametrize("groups", [1, 4, 16])
+def test_eight_devices_give_the_numbers_of_one(groups, monkeypatch):
     monkeypatch.setattr(rules, "CHUNK_BYTES", 1 << 13)
-    x, w, places = draw((32, 8, 8, 16), (3, 3, 16, 16), (32, 8, 8, 16))
-    assert rules._chunks(x, w) > 1
+    x, w, places = draw((32, 8, 8, 16), (3, 3, 16 // groups, 16), (32, 8, 8, 16))
 
     def loss(x, w):
-        return (places * normalise(conv(x, w, padding=1), jnp.ones(16), jnp.zeros(16), 1e-5)[0]).sum()
+        y = conv(x, w, padding=1, groups=groups)
+        return (places * normalise(y, jnp.ones(16), jnp.zeros(16), 1e-5)[0]).sum()
 
     mesh = Mesh(np.array(jax.devices("cpu")), ("data",))
     assert mesh.size == 8

@@ -149,7 +149,10 @@ def test_listed_names_from_another_system(tmp_path):
     ("text", "match"),
     [
         ("name,score\n0.png,1", "t.csv has no column file: its first line has name, score"),
-        ("file;score\n0.png;1", "no column file: its first line has file;score, and needs names between commas"),
+        (
+            "file;score\n0.png;1",
+            "no column file: its first line has file;score, and needs names in lower case",
+        ),
         ("file,std\n0.png,1", "has neither a column score nor label"),
         ("file,score,label\n0.png,1,a", "has both a score and a label"),
         ("", "no column file: its first line has nothing"),

@@ -169,7 +169,7 @@ def test_a_split_depends_on_seed_and_names_only():
     ("source", "how", "said"),
     [
         (scenes((3,)), {}, "two scenes or more: got 1"),
-        (labelled((3, 3)), {}, "got 0; split by image"),
+        (labelled((3, 3)), {}, "needs the images' groups"),
         (scenes((3, 3)), {"test": 0.2}, "0.2 of 2 scenes leaves no test images"),
         (scenes((3, 3)), {"test": 0.8}, "0.8 of 2 scenes leaves no training images"),
         (scenes((1,)), {"by": "image"}, "0.2 of 1 images leaves no test"),

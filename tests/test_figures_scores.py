@@ -52,6 +52,20 @@ def test_a_hot_patch_is_hot_at_its_place_and_all_panels_share_a_scale(tmp_path):
     assert hot == pytest.approx([90, 180, 180, 270], abs=3)  # second row, third column of four
 
 
+def test_an_arm_that_is_far_off_does_not_hide_the_others(tmp_path):
+    true = np.linspace(0, 1, 50)
+    predicted_scores(tmp_path / "alone.png", {"near": true}, true)
+    predicted_scores(tmp_path / "both.png", {"near": true, "far": 1000 * true}, true)
+    widths = []
+    for name, half in (("alone", 1), ("both", 2)):
+        pixels = pixels_of(tmp_path / f"{name}.png")
+        pixels = pixels[:, : pixels.shape[1] // half]
+        points = (pixels[..., 2] - pixels[..., 0] > 60) & (pixels[..., 2] > 150)
+        _, _, left, right = box(points)
+        widths.append(right - left)
+    assert widths[1] > 0.4 * widths[0]
+
+
 def test_a_map_without_differences_lies_in_the_middle_of_its_scale(tmp_path):
     quality_map(tmp_path / "map.png", WHITE[..., :1], {"20": np.full((2, 2), 3.0)})
     assert found(pixels_of(tmp_path / "map.png"), colormaps["viridis"](0.5)[:3]).sum() > 0.95 * 360**2
@@ -109,12 +123,12 @@ def test_each_arm_has_a_panel_and_each_kind_a_colour(tmp_path, arms):
 
 def test_predictions_lie_across_scores_up_and_the_fit_over_them(tmp_path):
     true = np.linspace(0, 1, 50)
-    flat = (np.linspace(0, 2, 9), np.full(9, 0.5))
-    predicted_scores(tmp_path / "scores.png", {"double": 2 * true}, true, curves={"double": flat})
+    flat = (np.linspace(0, 1.5, 9), np.full(9, 0.5))
+    predicted_scores(tmp_path / "scores.png", {"more": 1.5 * true}, true, curves={"more": flat})
     pixels = pixels_of(tmp_path / "scores.png")
     points = (pixels[..., 2] - pixels[..., 0] > 60) & (pixels[..., 2] > 150)
     top, bottom, left, right = box(points)
-    assert (right - left) / (bottom - top) == pytest.approx(2, rel=0.05)  # one scale for both
+    assert (right - left) / (bottom - top) == pytest.approx(1.5, rel=0.05)  # one scale for both
     black = (pixels.sum(axis=-1) < 60)[top : bottom + 1, left:right]
     row = int(black.sum(axis=1).argmax())
     assert row == pytest.approx((bottom - top) / 2, abs=4) and black[row].mean() > 0.95

@@ -7,7 +7,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from filled import filled, pictures
 from flax.traverse_util import flatten_dict
 from golden.cases import CASES, entries
 
@@ -38,10 +37,9 @@ def test_logits_and_features_in_inference_mode(name):
     case = CASES[name]
     for resolution, wanted in golden(name)["inference"].items():
         side = int(resolution)
-        model = case.build(side)
-        params, collections = filled(model, side)
+        model, params, collections = case.filled(side)
         run = jax.jit(lambda images, model=model, p=params, c=collections: forward(model, p, c, images, train=False))
-        found = run(pictures(side, 2))
+        found = run(case.pictures(side, 2))
         near(found.outputs[:, :8], wanted["logits"], np.abs(wanted["logits"]).max())
         assert set(wanted["features"]) == set(model.blocks)
         for block, told in wanted["features"].items():
@@ -56,12 +54,11 @@ def test_a_training_step(name):
     """Loss, the gradient of every leaf and the statistics after it."""
     case, wanted = CASES[name], golden(name)["train"]
     side = case.resolutions[0]
-    model = case.build(side)
-    params, collections = filled(model, side)
+    model, params, collections = case.filled(side)
 
     def loss(params):
         key = jax.random.key(0)
-        result = forward(model, params, collections, pictures(side, 3), train=True, key=key)
+        result = forward(model, params, collections, case.pictures(side, 3), train=True, key=key)
         return -jax.nn.log_softmax(result.outputs)[jnp.arange(3), jnp.arange(3)].mean(), result.collections
 
     (value, after), gradient = jax.jit(jax.value_and_grad(loss, has_aux=True))(params)

@@ -24,6 +24,8 @@ FOLDERS = {
     ),
     "views": ("pixels", "view", "augment"),
     "models": (
+        "lowering",
+        "fused",
         "conv",
         "norm",
         "pool",
@@ -66,7 +68,6 @@ MAY_IMPORT = {
     "evaluate": ("data.source", "data.batches", "models.forward", "models.pool"),
     "weights": ("workdir", "models", "train.checkpoint"),
     "stage": ("workdir", "weights", "data", "views", "models.forward", "objectives.objective", "train"),
-    "weights": ("models",),
     "recipe": ("workdir", "data.source", "data.split", "views.view", "train", "evaluate", "stage"),
     "measure": ("workdir", "figures", "data.source", "evaluate", "train.loop", "stage", "recipe"),
     "pictures": ("workdir", "figures", "figures_scores", "views.view", "evaluate", "stage", "recipe", "measure"),

@@ -20,21 +20,73 @@ from jaxsd.models.forward import forward, initialise
 from jaxsd.models.norm import BatchNorm
 from jaxsd.models.pool import adaptive_max_pool, max_pool
 
-# (name, options): {outputs: trainable parameters}, running values of the batch norms
+# (name, options): {outputs: trainable parameters}, running values of the batch norms (T2T-ViT: constants)
 COUNTS = [
     ("resnet8", {}, {10: 78_042, 0: 77_392}, 2 * (3 * 16 + 3 * 32 + 3 * 64)),
     ("resnet18", {"stem": "cifar"}, {4: 11_170_884, 10: 11_173_962, 1000: 11_681_832, 0: 11_168_832}, 9_600),
     ("resnet18", {"stem": "imagenet"}, {4: 11_178_564, 10: 11_181_642, 1000: 11_689_512, 0: 11_176_512}, 9_600),
     ("resnet50", {"stem": "cifar"}, {4: 23_508_548, 10: 23_520_842, 1000: 25_549_352, 0: 23_500_352}, 53_120),
     ("resnet50", {"stem": "imagenet"}, {4: 23_516_228, 10: 23_528_522, 1000: 25_557_032, 0: 23_508_032}, 53_120),
+    ("resnet34", {"stem": "imagenet"}, {10: 21_289_802, 1000: 21_797_672, 0: 21_284_672}, 17_024),
+    ("resnet101", {"stem": "imagenet"}, {1000: 44_549_160}, 105_344),
+    ("resnext50_32x4d", {"stem": "imagenet"}, {10: 23_000_394, 1000: 25_028_904, 0: 22_979_904}, 68_224),
+    ("resnext101_32x4d", {"stem": "imagenet"}, {1000: 44_177_704}, 137_856),
+    ("skresnext50_32x4d", {"stem": "imagenet"}, {10: 25_451_274, 1000: 27_479_784, 0: 25_430_784}, 84_544),
+    ("skresnext101_32x4d", {"stem": "imagenet"}, {1000: 48_736_040}, 172_672),
+    ("d_resnext50_32x4d", {"stem": "imagenet"}, {10: 43_194_186, 1000: 45_222_696}, 128_640),
+    ("d_resnext101_32x4d", {"stem": "imagenet"}, {1000: 83_520_296}, 267_904),
+    ("dsk_resnext50_32x4d", {"stem": "imagenet"}, {10: 48_095_946, 1000: 50_124_456}, 161_280),
+    ("dsk_resnext101_32x4d", {"stem": "imagenet"}, {1000: 92_636_968}, 337_536),
     ("nin", {"blocks": 3}, {4: 1_004_484, 10: 1_005_642, 0: 1_003_712}, 3_200),
     ("nin", {}, {4: 1_411_140, 10: 1_412_298, 0: 1_410_368}, 4_352),
     ("nin", {"blocks": 5}, {4: 1_817_796, 10: 1_818_954, 0: 1_817_024}, 5_504),
     ("alexnet_rotnet", {}, {4: 57_030_724, 1000: 61_111_336}, 18_688),
+    ("resnest14d", {}, {1000: 10_611_688}, 22_336),
+    ("resnest26d", {}, {1000: 17_069_448}, 36_736),
+    ("resnest50d", {}, {10: 25_454_730, 1000: 27_483_240, 0: 25_434_240}, 64_576),
+    ("resnest101e", {}, {1000: 48_275_016}, 130_112),
+    ("resnest200e", {}, {1000: 70_201_544}, 218_432),
+    ("resnest269e", {}, {1000: 110_929_480}, 314_432),
+    ("vgg16", {}, {10: 134_301_514, 1000: 138_357_544, 0: 134_260_544}, 0),
+    ("vgg16", {"hidden": (256,)}, {6: 21_139_014}, 0),
+    ("vgg16", {"hidden": (256,), "pool": 1}, {6: 14_847_558}, 0),
+    ("vgg16_bn", {}, {10: 134_309_962, 1000: 138_365_992, 0: 134_268_992}, 8_448),
+    ("alexnet", {}, {1000: 61_100_840}, 0),
+    ("deit_tiny", {}, {102: 5_544_102, 1000: 5_717_416, 0: 5_524_416}, 0),
+    ("deit_tiny", {"patch": 4}, {1000: 6_143_656}, 0),  # 768 - 48 inputs less, 56 * 56 - 14 * 14 positions more
+    ("deit_small", {}, {102: 21_704_934, 1000: 22_050_664, 0: 21_665_664}, 0),
+    ("deit_base", {}, {102: 85_877_094, 1000: 86_567_656, 0: 85_798_656}, 0),
+    ("t2t_vit_7", {}, {102: 4_024_908, 1000: 4_255_694}, 54_528),
+    ("t2t_vit_10", {}, {102: 5_603_916, 1000: 5_834_702}, 54_528),
+    ("t2t_vit_12", {}, {102: 6_656_588, 1000: 6_887_374}, 54_528),
+    ("t2t_vit_14", {}, {102: 21_120_076, 1000: 21_465_806}, 79_744),
+    ("t2t_vit_19", {}, {102: 38_681_868, 1000: 39_085_070}, 92_352),
+    ("t2t_vit_24", {}, {102: 63_540_300, 1000: 64_000_974}, 104_960),
+    ("t2t_vit_t_14", {}, {102: 21_119_692, 1000: 21_465_422}, 75_648),
+    ("efficientnet_b0", {}, {10: 4_020_358, 1000: 5_288_548, 0: 4_007_548}, 42_016),
+    ("efficientnet_b0", {"tf": True}, {1000: 5_288_548}, 42_016),
+    ("efficientnet_b1", {}, {1000: 7_794_184}, 62_048),
+    ("efficientnet_b2", {}, {1000: 9_109_994}, 67_568),
+    ("efficientnet_b3", {}, {1000: 12_233_232}, 87_296),
+    ("efficientnet_b4", {}, {1000: 19_341_616}, 125_200),
+    ("efficientnet_b5", {}, {1000: 30_389_784}, 172_736),
+    ("efficientnet_b6", {}, {1000: 43_040_704}, 224_432),
+    ("efficientnet_b7", {}, {1000: 66_347_960}, 310_720),
+    ("pvt_v2_b0_small1", {}, {102: 233_150, 1000: 291_520, 0: 226_520}, 0),
+    ("pvt_v2_b0_small", {}, {102: 883_478, 1000: 999_320, 0: 870_320}, 0),
+    ("pvt_v2_b0", {}, {102: 3_435_974, 1000: 3_666_760, 0: 3_409_760}, 0),
+    ("pvt_v2_b0_large", {}, {1000: 6_537_928}, 0),
+    ("pvt_v2_b1", {}, {1000: 14_009_000}, 0),
+    ("pvt_v2_b2", {}, {1000: 25_362_856}, 0),
+    ("pvt_v2_b2_li", {}, {1000: 22_553_512}, 0),
+    ("pvt_v2_b3", {}, {1000: 45_238_696}, 0),
+    ("pvt_v2_b4", {}, {1000: 62_556_072}, 0),
+    ("pvt_v2_b5", {}, {1000: 81_956_008}, 0),
     ("patchnet", {}, {1: 10_322_721, 0: 10_322_464}, 2 * (32 + 64 + 128 + 2 * (128 + 256 + 256 + 512))),
 ]
 PARTS = {
     "resnet50": {"stem": 1_856, "block1": 215_808, "block2": 1_219_584, "block3": 7_098_368, "block4": 14_964_736},
+    "dsk_resnext50_32x4d": {"block1": 498_048, "block2": 2_610_688, "block3": 15_006_464, "block4": 29_950_720},
     "nin": {"block1": 61_376, "block2": 535_680, "block3": 406_656, "block4": 406_656, "head": 1_930},
     "alexnet_rotnet": {"block1": 23_424, "block2": 307_776, "block3": 664_704, "block4": 885_504, "block5": 590_592},
 }
@@ -86,8 +138,9 @@ def test_exact_number_of_parameters(name, options, outputs, running):
     for n, expected in outputs.items():
         variables = shapes(models.build(name, outputs=n, **options), resolution)
         assert size(variables["params"]) == expected
-        assert size(variables["batch_stats"]) == running
-        assert set(variables) == {"params", "batch_stats"}
+        kind = "constants" if name.startswith("t2t") else "batch_stats"
+        assert size(variables.get(kind, {})) == running
+        assert set(variables) == {"params", *((kind,) if running else ())}
 
 
 def test_every_model_is_counted_and_catalogued():
@@ -233,8 +286,8 @@ def test_frozen_reaches_every_norm_of_the_part_and_no_other(name):
     with nn.intercept_methods(note):
         jax.eval_shape(lambda x: model.clone(frozen=frozen).init(jax.random.key(0), x, True), images)
     assert seen == [(part, part not in frozen) for part, _ in seen]
-    dense = ("fc1", "fc2") if name == "patchnet" else ()
-    assert dict.fromkeys(part for part, _ in seen) == dict.fromkeys(part for part in model.body if part not in dense)
+    normed = shapes(model, side).get("batch_stats", {})
+    assert dict.fromkeys(part for part, _ in seen) == dict.fromkeys(part for part in model.body if part in normed)
 
 
 def test_gradient_of_a_feature_is_the_head_weight_over_the_map():
@@ -328,7 +381,7 @@ def test_linear_probe_trains_the_probes_alone():
 @pytest.mark.parametrize(
     "call, words",
     [
-        (lambda: models.build("resnet81"), ["'resnet81'", "choose from resnet8, resnet18, resnet50"]),
+        (lambda: models.build("resnet81"), ["'resnet81'", "choose from resnet8, resnet18, resnet101"]),
         (lambda: models.build("resnet8", depth=3), ["'depth'", "zero_init_residual"]),
         (lambda: models.build("nin", stem="cifar"), ["'stem'", "blocks", "pool_block3"]),
         (lambda: models.build("resnet18"), ["resolution=", "stem="]),

@@ -84,9 +84,9 @@ def test_patches_side_by_side_are_the_images():
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda s: patches(5)(s), "strides that do: 1"),
-        (lambda s: patches(6, 4)(s), "strides that do: 1, 2, 5"),
-        (lambda s: patches(20)(s), "a patch has at most 16"),
+        (lambda s: patches(5)(s), "sides that do: 15, 20; or strides: 1"),
+        (lambda s: patches(6, 4)(s), "sides that do: 14, 18; or strides: 1, 2, 5"),
+        (lambda s: patches(20)(s), "larger than images with a side of 16"),
         (lambda s: patches(0)(s), "size and a stride of 1 or more"),
         (lambda s: patches(8)(patches(8)(s)), "give one view 'patches'"),
         (lambda s: compose(patches(8), scale(0.5))(s), "must be the last view"),

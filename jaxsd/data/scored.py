@@ -24,6 +24,7 @@ class Columns(NamedTuple):
     path: Path
     lines: list[int]  # where each row stands in the file, from 1
     cells: dict[str, list[str]]  # by the column's name
+    header: tuple[str, ...] = ()  # the names of all columns of the file
 
     def texts(self, name: str) -> tuple[str, ...]:
         """A column's cells [N]. Raises UserError where one is empty."""
@@ -92,7 +93,7 @@ def table(
     columns = read_csv(path, ("file",), ("score", "label", "group", "kind"))
     if ("score" in columns.cells) == ("label" in columns.cells):
         both = "both a score and a label" if "score" in columns.cells else "neither a column score nor label"
-        raise UserError(f"{path} has {both}: give one of them")
+        raise UserError(f"{path} has {both}: give one of them; its columns are {', '.join(columns.header)}")
     names = columns.texts("file")
     optional = {name + "s": columns.texts(name) for name in ("label", "group", "kind") if name in columns.cells}
     scores = columns.numbers("score") if "score" in columns.cells else None
@@ -145,7 +146,9 @@ def read_csv(path: Path, needed: Sequence[str], optional: Sequence[str] = ()) ->
     for name in needed:
         if name not in header:
             found = ", ".join(header) or "nothing"
-            raise UserError(f"{path} has no column {name}: its first line has {found}, and needs names between commas")
+            raise UserError(
+                f"{path} has no column {name}: its first line has {found}, and needs names in lower case between commas"
+            )
     for line, row in rows[1:]:
         if len(row) != len(header):
             raise UserError(f"{path} has {len(row)} columns in line {line}, but {len(header)} in its first: mend it")
@@ -153,7 +156,7 @@ def read_csv(path: Path, needed: Sequence[str], optional: Sequence[str] = ()) ->
         raise UserError(f"{path} has no rows below its first line: there is nothing to read")
     wanted = [name for name in (*needed, *optional) if name in header]
     cells = {name: [row[header.index(name)] for _, row in rows[1:]] for name in wanted}
-    return Columns(path, [line for line, _ in rows[1:]], cells)
+    return Columns(path, [line for line, _ in rows[1:]], cells, tuple(header))
 
 
 def _image_folder(folder: Path, names: Sequence[str]) -> Path:

@@ -30,16 +30,18 @@ class Grid:
     def sides(self, height: int, width: int) -> tuple[int, int]:
         """How many patches stand below and beside each other: (side - size) / stride + 1.
 
-        Raises UserError where that is no whole number, so that nothing of an image is lost, naming strides that fit.
+        Raises UserError where that is no whole number, so that nothing of an image is lost, naming what would fit.
         """
         for side in (height, width):
-            if self.size > side or (side - self.size) % self.stride:
-                room = side - self.size
-                fit = [n for n in range(1, self.size + 1) if room >= 0 and room % n == 0]
-                cure = f"strides that do: {', '.join(map(str, fit[-6:]))}" if fit else f"a patch has at most {side}"
+            room = side - self.size
+            if room < 0:
+                raise UserError(f"patches of {self.size} pixels are larger than images with a side of {side}")
+            if room % self.stride:
+                near = [self.size + self.stride * n for n in (room // self.stride, room // self.stride + 1)]
+                strides = [n for n in range(1, self.size + 1) if room % n == 0]
                 raise UserError(
                     f"patches of {self.size} pixels every {self.stride} do not reach the border of a side of {side}: "
-                    f"{cure}"
+                    f"sides that do: {near[0]}, {near[1]}; or strides: {', '.join(map(str, strides[-6:]))}"
                 )
         return (height - self.size) // self.stride + 1, (width - self.size) // self.stride + 1
 

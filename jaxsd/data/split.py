@@ -47,8 +47,10 @@ def split(
         what = f"{len(source.images)} images"
     elif by == "group":
         names = sorted(set(source.groups))
+        if not names:
+            raise UserError("a split by group needs the images' groups (a table's column group), and there are none")
         if len(names) < 2:
-            raise UserError(f"a split by group needs images of two scenes or more: got {len(names)}; split by image")
+            raise UserError("a split by group needs images of two scenes or more: got 1; split by image")
         order = np.random.default_rng(seed).permutation(len(names))
         chosen = {names[index] for index in order[: round((1 - test) * len(names))]}
         trains = np.array([group in chosen for group in source.groups])
@@ -66,6 +68,18 @@ def part(splits: Splits, *, test: float = 0.2, by: Literal["group", "image"] = "
     """A data set with its training images parted anew by `split`; other images of its own are left out."""
     train, held = split(splits.train, test=test, by=by, seed=seed)
     return splits._replace(train=splits.train.take(train), validation=None, test=splits.train.take(held))
+
+
+def unmeasurable(splits: Splits) -> str:
+    """Why the answers for the test images will tell nothing, in words; empty where they tell something."""
+    scores, test = splits.train.scores, splits.test
+    if scores is None or test is None:
+        return ""
+    if scores.min() == scores.max():
+        return f"all scores of the training images are {scores[0]:g}: there is nothing to learn"
+    if len(test.images) < 3:
+        return f"correlations need 3 test images or more, and there are {len(test.images)}: give more images"
+    return ""
 
 
 def shared_groups(a: Source, b: Source) -> int:

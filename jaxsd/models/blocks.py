@@ -169,6 +169,10 @@ class Backbone(nn.Module):
         """
         raise NotImplementedError(f"{type(self).__name__} has no published counterpart")
 
+    def published_shape(self, name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """The published shape of a tensor ("fc1/kernel"), where it is not `shape`, PyTorch's for the same layer."""
+        return shape
+
     def unit(self, module: type[nn.Module]) -> type[nn.Module]:
         """A submodule class, called as (x, train), that is run again for its gradients where `remat` asks for it."""
         return nn.remat(module, static_argnums=(2,)) if self.remat else module
@@ -248,3 +252,10 @@ def grown(name: str, blocks: int, grow: int | None) -> int:
     if grow is not None and grow not in range(1, blocks + 1):
         raise UserError(f"{name} has {blocks} blocks, so it cannot use the first {grow}: set grow= to 1 .. {blocks}")
     return blocks if grow is None else grow
+
+
+def check_rates(name: str, **rates: float) -> None:
+    """Raises UserError unless all rates, the options of a builder, are in [0, 1)."""
+    for option, rate in rates.items():
+        if not 0 <= rate < 1:
+            raise UserError(f"{name}'s {option} must be in [0, 1), got {rate}")

@@ -11,11 +11,11 @@ import jax
 import jax.numpy as jnp
 
 from jaxsd.errors import UserError
-from jaxsd.models import convnet, patchnet, resnet
+from jaxsd.models import convnet, efficientnet, patchnet, pvt, resnest, resnet, t2t, vgg, vit
 from jaxsd.models.blocks import Backbone, Linear
 from jaxsd.models.conv import Conv
 
-FAMILIES = (resnet, convnet, patchnet)
+FAMILIES = (resnet, resnest, convnet, vgg, patchnet, vit, t2t, efficientnet, pvt)
 BACKBONES: dict[str, Callable[..., Backbone]] = {}
 RESOLUTIONS: dict[str, int] = {}  # side of the images that each is made for
 for _family in FAMILIES:

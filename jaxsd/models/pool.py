@@ -56,3 +56,30 @@ def adaptive_average_pool(x: jax.Array, size: IntOrPair) -> jax.Array:
 def global_average_pool(x: jax.Array) -> jax.Array:
     """x [B, H, W, C] to [B, C]: the mean over space."""
     return x.mean((1, 2))
+
+
+def global_dual_pool(x: jax.Array) -> jax.Array:
+    """x [B, H, W, C] to [B, C]: halfway between the mean and the maximum over space."""
+    return (x.mean((1, 2)) + x.max((1, 2))) / 2
+
+
+def global_concat_pool(x: jax.Array) -> jax.Array:
+    """x [B, H, W, C] to [B, 2 C]: the mean over space, then the maximum."""
+    return jnp.concatenate([x.mean((1, 2)), x.max((1, 2))], -1)
+
+
+def blur_pool(x: jax.Array, stride: int = 2) -> jax.Array:
+    """x [B, H, W, C] to [B, ceil(H / stride), ceil(W / stride), C]: smoothed, then every `stride`-th position.
+
+    The filter is the outer product of (1, 2, 1) / 4 with itself; borders are reflected without repeating the edge
+    (Zhang 2019, "Making convolutional networks shift-invariant again"). A side of 1 is left as it is.
+    """
+    for axis in (1, 2):
+        n = x.shape[axis]
+        inside = min(1, n - 1)
+        first, last = (lax.slice_in_dim(x, i, i + 1, axis=axis) for i in (inside, n - 1 - inside))
+        x = lax.concatenate([first, x, last], axis)
+        span = (n - 1) // stride * stride + 1
+        before, here, after = (lax.slice_in_dim(x, i, i + span, stride, axis) for i in range(3))
+        x = (before + 2 * here + after) / 4
+    return x

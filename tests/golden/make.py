@@ -12,8 +12,8 @@ import sys
 from pathlib import Path
 
 import torch
-from filled import filled, pictures
 from flax.traverse_util import flatten_dict
+from golden import t2t_peer
 from golden.cases import CASES, entries, features_of
 
 from jaxsd.weights import published_name, to_timm
@@ -24,26 +24,43 @@ for _name in ("nms", "qnms"):
     OPERATORS.define(_name + "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
 
 
-def reference(case):
-    """The peer's network for a case: timm's, or torchvision's for names that begin with tv:."""
+def reference(case, resolution):
+    """The peer's network for a case: timm's, torchvision's for names that begin with tv:, own: or blur:."""
+    options = {"num_classes": case.outputs, **({"img_size": resolution} if case.sized else {}), **case.peer_options}
     if case.peer.startswith("tv:"):
         import torchvision
 
-        return getattr(torchvision.models, case.peer[3:])(num_classes=case.outputs, **case.peer_options)
+        return getattr(torchvision.models, case.peer[3:])(**options)
+    if case.peer.startswith("own:"):
+        return t2t_peer.build(case.peer[4:], **options)
     import timm
 
-    return timm.create_model(case.peer, num_classes=case.outputs, **case.peer_options)
+    if case.peer.startswith("blur:"):
+        return blurred(timm.create_model(case.peer[5:], aa_layer=timm.layers.BlurPool2d, **options))
+    return timm.create_model(case.peer, **options)
 
 
-def loaded(case, model, resolution):
-    """The peer with the tensors of `filled`, every one of them in its place."""
-    params, collections = filled(model, resolution)
+def blurred(peer):
+    """A timm network with blur pooling whose shortcuts halve the map by it, too (as in Zhang's own code)."""
+    from timm.layers import BlurPool2d
+
+    for name, layer in peer.named_modules():
+        if name.endswith("downsample.0") and layer.stride == (2, 2):
+            layer.stride = (1, 1)
+            blur = BlurPool2d(layer.in_channels).double()
+            layer.register_forward_pre_hook(lambda layer, given, blur=blur: (blur(given[0]),))
+    return peer
+
+
+def loaded(case, resolution):
+    """Our network and the peer with the tensors of `filled`, every one of them in its place."""
+    model, params, collections = case.filled(resolution)
     tensors = {
         name: torch.from_numpy(value.copy()).double() for name, value in to_timm(model, params, collections).items()
     }
-    peer = reference(case).double()
+    peer = reference(case, resolution).double()
     peer.load_state_dict(tensors, strict=True)
-    return peer
+    return model, peer
 
 
 def shown(peer, model, images, train):
@@ -61,10 +78,9 @@ def shown(peer, model, images, train):
 
 
 def inference(case, resolution):
-    model = case.build(resolution)
-    peer = loaded(case, model, resolution)
+    model, peer = loaded(case, resolution)
     with torch.no_grad():
-        outputs, features = shown(peer, model, pictures(resolution, 2), False)
+        outputs, features = shown(peer, model, case.pictures(resolution, 2), False)
     return {
         "logits": outputs[:, :8].tolist(),
         "features": {block: entries(value.numpy()) for block, value in features.items()},
@@ -72,13 +88,12 @@ def inference(case, resolution):
 
 
 def training(case, resolution):
-    model = case.build(resolution)
-    peer = loaded(case, model, resolution)
-    outputs, _ = shown(peer, model, pictures(resolution, 3), True)
+    model, peer = loaded(case, resolution)
+    outputs, _ = shown(peer, model, case.pictures(resolution, 3), True)
     loss = torch.nn.functional.cross_entropy(outputs, torch.arange(3))
     loss.backward()
     gradients, state = dict(peer.named_parameters()), peer.state_dict()
-    params, collections = filled(model, resolution)
+    _, params, collections = case.filled(resolution)
     names = {"/".join(path): published_name(model, ("params", *path)) for path in flatten_dict(params)}
     running = {
         "/".join(path): published_name(model, ("batch_stats", *path))
@@ -92,6 +107,7 @@ def training(case, resolution):
 
 
 def main():
+    torch.set_num_threads(1)  # spinning threads take the cores from each other
     for name in sys.argv[1:] or CASES:
         case = CASES[name]
         found = {"inference": {str(resolution): inference(case, resolution) for resolution in case.resolutions}}
