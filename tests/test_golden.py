@@ -10,7 +10,7 @@ import pytest
 from flax.traverse_util import flatten_dict
 from golden.cases import CASES, entries
 
-from jaxsd.models import conv
+from jaxsd.models.conv import plain_convolutions
 from jaxsd.models.forward import forward
 
 FOLDER = Path(__file__).parent / "golden"
@@ -18,9 +18,10 @@ NAMES = [pytest.param(name, marks=pytest.mark.slow if case.slow else ()) for nam
 
 
 @pytest.fixture(autouse=True)
-def plain_convolutions(monkeypatch):
-    """XLA's own, which compile in a tenth of the time: tests/test_conv.py holds ours against them."""
-    monkeypatch.setattr(conv, "conv", conv.library_conv)
+def plain():
+    """XLA's own convolutions compile in a tenth of the time; tests/test_conv.py holds ours against them."""
+    with plain_convolutions():
+        yield
 
 
 def golden(name):

@@ -1,6 +1,7 @@
 """The backbones by name, how to build one, and what each costs."""
 
 import difflib
+import functools
 import inspect
 import math
 from collections.abc import Callable, Sequence
@@ -13,7 +14,7 @@ import jax.numpy as jnp
 from jaxsd.errors import UserError
 from jaxsd.models import convnet, efficientnet, patchnet, pvt, resnest, resnet, t2t, vgg, vit
 from jaxsd.models.blocks import Backbone, Linear
-from jaxsd.models.conv import Conv
+from jaxsd.models.conv import Conv, plain_convolutions
 
 FAMILIES = (resnet, resnest, convnet, vgg, patchnet, vit, t2t, efficientnet, pvt)
 BACKBONES: dict[str, Callable[..., Backbone]] = {}
@@ -74,9 +75,25 @@ def _dtype(name: str, dtype: Any) -> Any:
 
 def shapes(model: nn.Module, resolution: int, channels: int = 3) -> dict[str, Any]:
     """The variables of a module for square images as shapes and dtypes: collection -> tree. Nothing is computed."""
+    return _traced(model, resolution, channels)[0]
+
+
+@functools.lru_cache(maxsize=256)
+def _traced(model: nn.Module, resolution: int, channels: int) -> tuple[dict[str, Any], int]:
+    """The variables' shapes and the floating-point operations of one image."""
+    flops = 0
+
+    def count(layer, args, kwargs, context):
+        nonlocal flops
+        y = layer(*args, **kwargs)
+        if context.method_name == "__call__" and isinstance(context.module, Conv | Linear):
+            flops += 2 * y.size // y.shape[-1] * context.module.get_variable("params", "kernel").size
+        return y
+
     images = jax.ShapeDtypeStruct((1, resolution, resolution, channels), jnp.float32)
-    variables = jax.eval_shape(lambda images: model.init(jax.random.key(0), images, False), images)
-    return {name: tree for name, tree in variables.items() if name != "perturbations"}
+    with nn.intercept_methods(count), plain_convolutions():
+        variables = jax.eval_shape(lambda images: model.init(jax.random.key(0), images, False), images)
+    return {name: tree for name, tree in variables.items() if name != "perturbations"}, flops
 
 
 def size(tree: Any) -> int:
@@ -91,18 +108,8 @@ def costs(model: nn.Module, resolution: int, channels: int = 3) -> tuple[int, in
     padding included, and nothing else: twice the "multiply-adds" that many tables give. A property of the
     architecture, not of how a device computes it.
     """
-    flops = 0
-
-    def count(layer, args, kwargs, context):
-        nonlocal flops
-        y = layer(*args, **kwargs)
-        if context.method_name == "__call__" and isinstance(context.module, Conv | Linear):
-            flops += 2 * y.size // y.shape[-1] * context.module.get_variable("params", "kernel").size
-        return y
-
-    with nn.intercept_methods(count):
-        parameters = size(shapes(model, resolution, channels)["params"])
-    return parameters, flops
+    variables, flops = _traced(model, resolution, channels)
+    return size(variables["params"]), flops
 
 
 def catalogue() -> list[dict[str, Any]]:

@@ -4,8 +4,10 @@ On a CPU, XLA's own convolution is slow, its weight gradient very slow. There it
 `lowering`), or tap by tap (see `fused`).
 """
 
+import contextlib
+import contextvars
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -19,6 +21,19 @@ from jaxsd.models.lowering import Geometry, pick
 IntOrPair = int | tuple[int, int]
 Padding = IntOrPair | tuple[tuple[int, int], tuple[int, int]]  # ((top, bottom), (left, right)) where they differ
 Array = jax.Array
+
+
+_plain = contextvars.ContextVar("plain", default=False)
+
+
+@contextlib.contextmanager
+def plain_convolutions() -> Iterator[None]:
+    """What is traced within has XLA's own convolutions: for shapes and starts, where nothing is convolved."""
+    token = _plain.set(True)
+    try:
+        yield
+    finally:
+        _plain.reset(token)
 
 
 def pair(value: IntOrPair | Sequence[int]) -> tuple[int, int]:
@@ -49,7 +64,7 @@ def conv(
     The platform is chosen while tracing (`jax.default_backend()`): one branch is traced, not two, and a program that is
     then placed on another platform is only slower, never wrong.
     """
-    if jax.default_backend() != "cpu":
+    if _plain.get() or jax.default_backend() != "cpu":
         return library_conv(x, w, stride=stride, padding=padding, dilation=dilation, groups=groups)
     # CPUs multiply in float32 whatever is asked for, and the transforms of `_winograd` need its digits.
     wide: Any = jnp.promote_types(x.dtype, jnp.float32)
@@ -152,7 +167,13 @@ def _forward(x: Array, w: Array, g: Geometry):
 def _backward(g: Geometry, saved: tuple[Array, Array], dy: Array):
     x, w = saved
     if g.depthwise:
-        return image_gradient(dy, w, g), kernel_gradient(x, dy, g)
+        small = max(g.out) <= 4  # pixels: the products are as fast, and compile several times faster
+        return image_gradient(dy, w, g), _gradients(x, w, dy, g)[1] if small else kernel_gradient(x, dy, g)
+    return _gradients(x, w, dy, g)
+
+
+def _gradients(x: Array, w: Array, dy: Array, g: Geometry) -> tuple[Array, Array]:
+    """The gradients with respect to x and w by products."""
     n = _chunks(x, w, g)
     rule = pick(g, x.shape[0] // n)
     kernel = rule.arrange(w)

@@ -11,6 +11,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from jaxsd.models.conv import plain_convolutions
+
 Tree = Any  # a nested dict of arrays
 
 STANDARDISE = "standardise"  # collection {"mean": [C], "std": [C]}: travels with the model, is never trained
@@ -27,7 +29,12 @@ class Forward(NamedTuple):
 @functools.lru_cache(maxsize=64)
 def _compiled_init(model: nn.Module, shape: tuple[int, ...]) -> Callable[[jax.Array], Tree]:
     """Kept, since every seed and every stage draws anew."""
-    return jax.jit(lambda key: model.init(key, jnp.zeros(shape, jnp.float32), False))
+
+    def init(key: jax.Array) -> Tree:
+        with plain_convolutions():  # what the layers give is thrown away
+            return model.init(key, jnp.zeros(shape, jnp.float32), False)
+
+    return jax.jit(init)
 
 
 def initialise(model: nn.Module, key: jax.Array, images: jax.Array) -> tuple[Tree, Tree]:

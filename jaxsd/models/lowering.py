@@ -73,7 +73,7 @@ def _taps(x: Array, axis: int, first: int, size: int, step: int = 1) -> Array:
 
 
 def _windows(x: Array, i: int, g: Geometry) -> Array:
-    """The kernel's positions along the rows (i = 0) or columns (1) of [..., H, W, C] side by side: [..., kernel * C]."""
+    """The kernel's positions along rows (i = 0) or columns (1) of x [..., H, W, C] side by side: [..., kernel * C]."""
     axis = x.ndim - 3 + i
     first, step, size = -g.padding[i][0], g.dilation[i], g.out[i]
     taps = [_taps(x, axis, first + step * tap, size, g.stride[i]) for tap in range(g.kernel[i])]

@@ -61,6 +61,13 @@ def _gradients(saved, cotangents):
 normalise.defvjp(_normalise, _gradients)
 
 
+@jax.jit
+def _rescale(x, scale, bias, mean, var, epsilon):
+    """What inference does: the running mean and variance in the place of the batch's."""
+    factor = lax.rsqrt(var + epsilon) * scale
+    return (x.astype(jnp.float32) * factor + (bias - mean * factor)).astype(x.dtype)
+
+
 class BatchNorm(nn.Module):
     """Normalises each channel over the batch and space (Ioffe & Szegedy 2015), in float32, returned in x's dtype.
 
@@ -82,8 +89,7 @@ class BatchNorm(nn.Module):
         scale = self.param("scale", nn.initializers.ones_init(), (channels,)) if self.affine else jnp.ones(channels)
         bias = self.param("bias", nn.initializers.zeros_init(), (channels,)) if self.affine else jnp.zeros(channels)
         if not train:
-            factor = lax.rsqrt(var.value + self.epsilon) * scale
-            return (x.astype(jnp.float32) * factor + (bias - mean.value * factor)).astype(x.dtype)
+            return _rescale(x, scale, bias, mean.value, var.value, self.epsilon)
         y, batch_mean, batch_var = normalise(x, scale, bias, self.epsilon)
         if not self.is_initializing():
             n = x.size // channels
