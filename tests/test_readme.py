@@ -5,6 +5,8 @@ import shlex
 import sys
 from pathlib import Path
 
+import pytest
+
 from jaxsd import main
 
 ROOT = Path(__file__).parents[1]
@@ -24,13 +26,14 @@ def test_every_file_and_preset_that_it_names_exists():
         assert f'"{preset}":' in (ROOT / "configs" / f"{config}.py").read_text()
 
 
-def test_every_flag_that_it_shows_is_one(monkeypatch):
-    lines = re.findall(r"^    (--.*?)(?:  .*)?$", TEXT, re.M)
-    flags = [
-        "main",
-        f"--config={ROOT}/configs/scalenet.py:folder",
-        *(flag for line in lines for flag in shlex.split(line)),
-    ]
+@pytest.mark.parametrize("config, patches", [("scalenet.py:folder", False), ("patches.py:scores", True)])
+def test_every_flag_that_it_shows_is_one(config, patches, monkeypatch):
+    sections = [text for text in TEXT.split("\n## ") if text.startswith("Patches") == patches]
+    lines = re.findall(r"^    (--.*?)(?:  .*)?$", "\n".join(sections), re.M)
+    flags = ["main", f"--config={ROOT}/configs/{config}", *(flag for line in lines for flag in shlex.split(line))]
     monkeypatch.setattr(sys, "argv", flags)  # config overrides are looked up there
-    config = main.parse(flags)
-    assert config["labels"]["few"]["per_class"] == 50 and config["seeds"] == (0, 1, 2, 3, 4)
+    found = main.parse(flags)
+    if patches:
+        assert found["model"]["first"] == (8, 16, 32) and found["stages"]["patch32"]["epochs"] == 4
+    else:
+        assert found["labels"]["few"]["per_class"] == 50 and found["seeds"] == (0, 1, 2, 3, 4)
