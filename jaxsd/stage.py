@@ -23,10 +23,10 @@ from jaxsd.objectives.objective import Objective
 from jaxsd.train import loop, trunk
 from jaxsd.train.checkpoint import Checkpoints, restore_model
 from jaxsd.train.schedule import Schedule
-from jaxsd.train.state import State, carry, create, merge
+from jaxsd.train.state import State, carry, create, flat, merge
 from jaxsd.train.step import Augment
 from jaxsd.views.view import compose
-from jaxsd.workdir import Journal, differences, fingerprint, locked, log, read_json, write_json
+from jaxsd.workdir import Journal, differences, fingerprint, locked, log, read_json, tensorboard, write_json
 
 Tree = Any
 Check = Callable[[State], dict[str, float]]
@@ -167,8 +167,7 @@ def start(
     params, extra = stage.objective.init(init_key, {"image": sample_of(source)})
     collections = {k: v for k, v in extra["model"].items() if k != STANDARDISE}
     if parent is not None:
-        given = {"params": parent.params, **{k: v for k, v in parent.extra["model"].items() if k != STANDARDISE}}
-        collections, lines = carry(given, {"params": params, **collections}, fresh=stage.fresh, under=stage.under)
+        collections, lines = _handed_over(stage, parent, {"params": params, **collections})
         params = collections.pop("params")
     elif stage.init is not None:
         fresh = ("head", *stage.fresh)
@@ -181,6 +180,15 @@ def start(
     mean, std = standard
     collections[STANDARDISE] = {"mean": jax.numpy.asarray(mean), "std": jax.numpy.asarray(std)}
     return create(run_key, params, {**extra, "model": collections}, stage.optimiser, freeze=stage.freeze), lines
+
+
+def _handed_over(stage: Stage, parent: Trained, wanted: Tree) -> tuple[Tree, list[dict]]:
+    """The stage before's weights in the place of `wanted`; transformers' position tables fitted to the images' size."""
+    given = {"params": parent.params, **{k: v for k, v in parent.extra["model"].items() if k != STANDARDISE}}
+    fitted = weights.resized(given, wanted)
+    result, lines = carry(fitted, wanted, fresh=stage.fresh, under=stage.under)
+    resized = {"/".join(path) for path, leaf in flat(fitted).items() if leaf.shape != flat(given)[path].shape}
+    return result, [{**line, "action": "adapted"} if line["tensor"] in resized else line for line in lines]
 
 
 def drawn(run: Run, source: Source) -> Trained:
@@ -327,23 +335,6 @@ def _trunk(
     )
     watch.spent = known.seconds
     return known
-
-
-def tensorboard(folder: Path) -> Callable[[dict[str, Any]], None]:
-    """A function that writes an epoch's numbers as TensorBoard events, where tensorboardX is installed."""
-    try:
-        from tensorboardX import SummaryWriter
-    except ImportError:
-        return lambda entry: None
-    writer = SummaryWriter(str(folder), write_to_disk=True)
-
-    def write(entry: dict[str, Any]) -> None:
-        for name, value in entry.items():
-            if name not in ("step", "epoch", "split"):
-                writer.add_scalar(f"{entry['split']}/{name}", value, entry["step"])
-        writer.flush()
-
-    return write
 
 
 def _wait(stop: loop.Stop, folder: Path) -> None:

@@ -132,3 +132,20 @@ def start_log(path: Path | None) -> None:
         file.setLevel(logging.DEBUG)
         file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
         log.addHandler(file)
+
+
+def tensorboard(folder: Path) -> Callable[[dict[str, Any]], None]:
+    """A function that writes an epoch's numbers as TensorBoard events, where tensorboardX is installed."""
+    try:
+        from tensorboardX import SummaryWriter
+    except ImportError:
+        return lambda entry: None
+    writer = SummaryWriter(str(folder), write_to_disk=True)
+
+    def write(entry: dict[str, Any]) -> None:
+        for name, value in entry.items():
+            if name not in ("step", "epoch", "split"):
+                writer.add_scalar(f"{entry['split']}/{name}", value, entry["step"])
+        writer.flush()
+
+    return write

@@ -14,6 +14,7 @@ from jaxsd import models, objectives
 from jaxsd.data.source import standardisation
 from jaxsd.errors import RunError, Stopped, UserError
 from jaxsd.models.forward import STANDARDISE, forward
+from jaxsd.models.vit import resize_positions
 from jaxsd.stage import Run, Stage, check_folder, check_names, done, plan_of, restore, run_stage, start
 from jaxsd.train import loop, optimiser, schedule
 from jaxsd.views.view import scale
@@ -68,6 +69,25 @@ def test_the_next_scale_begins_with_what_the_last_ended_with():
     assert {line["tensor"] for line in lines if line["action"] == "fresh"} == {"params/head/kernel", "params/head/bias"}
     found = outputs(other, state.params, state.extra).features
     same(found, outputs(model, parent.params, parent.extra).features)
+
+
+def test_positions_are_fitted_to_larger_images():
+    """A transformer goes on at twice the resolution: only the position table changes, and the account says so."""
+    form = {"width": 8, "depth": 1, "heads": 2, "patch": 4}
+    source = source_of(6, side=16)
+    models_of = {side: models.VisionTransformer(outputs=4, side=side, **form) for side in (8, 16)}
+    small, large = (
+        stage_of(str(side), model=model, objective=objectives.rotation(model), view=scale(side / 16), epochs=1)
+        for side, model in models_of.items()
+    )
+    parent = trained(run_of(small), source=source)
+    state, lines = start(large, jax.random.key(7), large.view(source), STANDARD, parent)
+    told = {line["tensor"]: line["action"] for line in lines}
+    assert {tensor for tensor, action in told.items() if action == "adapted"} == {"params/embed/positions"}
+    assert set(told.values()) == {"adapted", "copied"}
+    table = resize_positions(parent.params["embed"]["positions"], (4, 4))
+    np.testing.assert_array_equal(state.params["embed"]["positions"], table)
+    same(state.params["block1"], parent.params["block1"])
 
 
 def test_a_stage_without_one_before_is_fresh_and_standardised():
