@@ -30,7 +30,7 @@ from jaxsd.workdir import Journal, differences, fingerprint, locked, log, read_j
 
 Tree = Any
 Check = Callable[[State], dict[str, float]]
-WEIGHTS_FORMAT = 2  # raised when the same stage would no longer give the same weights or the same files
+WEIGHTS_FORMAT = 3  # raised when the same stage would no longer give the same weights or the same files
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,6 +1,7 @@
 """Settings of the process, applied by the command line and never on import."""
 
 import ctypes
+import functools
 import hashlib
 import os
 import platform
@@ -16,6 +17,25 @@ def tune_allocator() -> None:
     libc.mallopt(-4, 0)  # M_MMAP_MAX: no separate mapping per block
     libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: freed memory is kept
     libc.mallopt(-2, 256 << 20)  # M_TOP_PAD
+
+
+@functools.cache
+def compiler_options() -> dict[str, str]:
+    """What `jax.jit(compiler_options=)` is given for training steps: on a CPU, that `optimization_barrier` is kept.
+
+    XLA there removes barriers before it fuses, and then computes whole residual streams again inside of what reads
+    them. A pass's name is no stable interface: where this jaxlib does not take the option there is none.
+    """
+    import jax
+
+    if jax.default_backend() != "cpu":
+        return {}
+    options = {"xla_disable_hlo_passes": "cse_barrier_expander"}
+    try:
+        jax.jit(lambda x: x, compiler_options=options).lower(0.0).compile()
+    except Exception:  # whatever a compiler of another version says
+        return {}
+    return options
 
 
 def cache_compilation(folder: Path | None = None) -> Path:

@@ -64,7 +64,7 @@ MAY_IMPORT = {
     "views": ("data.source",),
     "models": (),
     "objectives": ("views.augment", "views.pixels", "models.forward"),
-    "train": ("objectives.objective", "models.forward", "data.source", "data.batches", "workdir"),
+    "train": ("objectives.objective", "models.forward", "data.source", "data.batches", "workdir", "tuning"),
     "evaluate": ("data.source", "data.batches", "models.forward", "models.pool"),
     "weights": ("workdir", "models", "train.checkpoint"),
     "stage": ("workdir", "weights", "data", "views", "models.forward", "objectives.objective", "train"),

@@ -79,7 +79,8 @@ def line(given: argparse.Namespace) -> Line:
     batch = jax.device_put({"image": image, "label": random.integers(given.classes, size=given.batch, dtype=np.int32)})
     objective, optimiser = objectives.supervised(model), optax.sgd(0.01, momentum=0.9)
     state = train.init(jax.random.key(0), objective, optimiser, batch)
-    step = jax.jit(train.make_train_step(objective, optimiser), donate_argnums=0)
+    options = tuning.compiler_options()
+    step = jax.jit(train.make_train_step(objective, optimiser), donate_argnums=0, compiler_options=options)
     start = time.perf_counter()
     compiled = step.lower(state, batch).compile()
     compile_s = time.perf_counter() - start
@@ -127,4 +128,5 @@ def _one(given: argparse.Namespace) -> Iterator[Line]:
     ours = ["--model", given.model, *(["--stem", given.stem] if given.stem else []), "--cached"]
     theirs = ["--model", PEERS.get(given.model, given.model), *(["--cifar-stem"] if given.stem == "cifar" else [])]
     ratios = {"ratio": ("step_ms", ("cold", "warm"))}
-    yield from in_turn(given, Turns("step", [*ours, *shared], [*theirs, *shared], ratios, tuple(ALLOCATORS)))
+    words = ([*ours, *shared], [*theirs, *shared])
+    yield from in_turn(given, Turns("step", *words, ratios, tuple(ALLOCATORS), cold_runs=False))

@@ -28,7 +28,8 @@ class Turns(NamedTuple):
     """What is run in turn: the words of both command lines, and the ratios that are wanted.
 
     ratios: name -> the quantity of the lines and the states of our compilation cache that it is made of. allocators:
-    those of ALLOCATORS that the peer is run with.
+    those of ALLOCATORS that the peer is run with. cold_runs: every second of our runs begins with an empty compilation
+    cache, not the first one alone.
     """
 
     command: str
@@ -36,6 +37,7 @@ class Turns(NamedTuple):
     theirs: list[str]
     ratios: Mapping[str, tuple[str, tuple[str, ...]]]
     allocators: tuple[str, ...] = ("plain",)
+    cold_runs: bool = True
 
 
 def bind(threads: int) -> None:
@@ -70,7 +72,7 @@ def as_flags(given: argparse.Namespace, names: tuple[str, ...]) -> list[str]:
 def in_turn(given: argparse.Namespace, turns: Turns) -> Iterator[Line]:
     """Our run and the peer's one after the other, with every PyTorch setting; the last line compares.
 
-    Ours begins with an empty compilation cache (cold) and with the one of the run before (warm), by turns.
+    Ours begins with an empty compilation cache (cold) or with what the runs before have left there (warm).
     """
     if shutil.which(given.against) is None or not given.peer.is_file():
         raise UserError(f"--against={given.against} --peer={given.peer}: give an interpreter and the PyTorch script")
@@ -82,9 +84,11 @@ def in_turn(given: argparse.Namespace, turns: Turns) -> Iterator[Line]:
     with tempfile.TemporaryDirectory() as caches:
         for repeat in range(given.repeats):
             for at, (layout, policy, allocator) in enumerate(settings):
-                cache = {"JAX_PLATFORMS": "cpu", "XDG_CACHE_HOME": os.path.join(caches, f"{repeat}-{at // 2}")}
+                number = (repeat * len(settings) + at) // 2 if turns.cold_runs else 0
+                cold = at % 2 == 0 if turns.cold_runs else at == repeat == 0
+                cache = {"JAX_PLATFORMS": "cpu", "XDG_CACHE_HOME": os.path.join(caches, str(number))}
                 command = [sys.executable, "-m", "jaxsd.bench", turns.command, *turns.ours]
-                line = {"side": "jaxsd", "repeat": repeat, "cache": ("cold", "warm")[at % 2]}
+                line = {"side": "jaxsd", "repeat": repeat, "cache": "cold" if cold else "warm"}
                 lines.append({**line, **_child(command, {**environment, **cache})})
                 yield lines[-1]
                 command = [given.against, str(given.peer), *turns.theirs, *LAYOUTS[layout]]

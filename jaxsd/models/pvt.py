@@ -103,8 +103,9 @@ class Unit(nn.Module):
         """x [B, H, W, D] to the same shape."""
         attention = Attention(self.heads, self.reduction, self.linear, name="attention")
         x = x + DropPath(self.drop_path)(attention(LayerNorm(name="norm1")(x)), train)
+        x = jax.lax.optimization_barrier(x)  # else a CPU adds it up again in everything that reads it
         mlp = Mlp(self.ratio * x.shape[-1], self.linear, name="mlp")
-        return x + DropPath(self.drop_path)(mlp(LayerNorm(name="norm2")(x)), train)
+        return jax.lax.optimization_barrier(x + DropPath(self.drop_path)(mlp(LayerNorm(name="norm2")(x)), train))
 
 
 class Stage(nn.Module):

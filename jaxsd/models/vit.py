@@ -177,9 +177,10 @@ class Block(nn.Module):
     def __call__(self, x: Array, train: bool) -> Array:
         """x [B, N, D] to the same shape."""
         drop = DropPath(self.drop_path)
-        x = x + drop(Attention(self.heads, self.qkv_bias, name="attn")(LayerNorm(self.epsilon, name="norm1")(x)), train)
+        y = Attention(self.heads, self.qkv_bias, name="attn")(LayerNorm(self.epsilon, name="norm1")(x))
+        x = lax.optimization_barrier(x + drop(y, train))  # else a CPU adds it up again in everything that reads it
         y = Mlp(self.mlp_ratio * x.shape[-1], name="mlp")(LayerNorm(self.epsilon, name="norm2")(x))
-        return x + drop(y, train)
+        return lax.optimization_barrier(x + drop(y, train))
 
 
 class TokenBackbone(Sequential):

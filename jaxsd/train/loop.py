@@ -23,6 +23,7 @@ from jaxsd.train.checkpoint import Checkpoints
 from jaxsd.train.optimiser import set_rate
 from jaxsd.train.state import State
 from jaxsd.train.step import Augment, make_train_step
+from jaxsd.tuning import compiler_options
 from jaxsd.workdir import Journal, log
 
 Tree = Any
@@ -145,7 +146,7 @@ def compiled(
         sums = {"steps": i + 1, "weight": sums["weight"] + weight, "totals": totals}
         return state, sums, metrics["loss"]
 
-    return step, jax.jit(advance, donate_argnums=(0, 1))
+    return step, jax.jit(advance, donate_argnums=(0, 1), compiler_options=compiler_options())
 
 
 def run(

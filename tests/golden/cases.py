@@ -61,7 +61,9 @@ CASES = {
     "resnet50_blur": Case(
         "resnet50", "blur:resnet50", (64, 96), {**BLURRED, "pool": "concat"}, {"global_pool": "catavgmax"}, slow=True
     ),
-    "skresnext50_32x4d_blur": Case("skresnext50_32x4d", "blur:skresnext50_32x4d", (96, 128), BLURRED, slow=True),
+    "skresnext50_32x4d_blur": Case(
+        "skresnext50_32x4d", "blur:skresnext50_32x4d", (64, 96), BLURRED, slow=True, **CAREFUL
+    ),
     "deit_tiny": Case("deit_tiny", "deit_tiny_patch16_224", (64, 96), train=True, sized=True),
     "deit_small": Case("deit_small", "deit_small_patch16_224", (64, 96), slow=True, sized=True),
     "deit_base": Case("deit_base", "deit_base_patch16_224", (64, 96), slow=True, sized=True),
