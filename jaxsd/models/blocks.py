@@ -51,6 +51,11 @@ def glorot(key: jax.Array, shape: tuple[int, ...], dtype: Any = jnp.float32) -> 
     return uniform((6 / sum(shape)) ** 0.5)(key, shape, dtype)
 
 
+def gelu(x: jax.Array) -> jax.Array:
+    """x times the share of a standard normal below x (Hendrycks & Gimpel 2016), by erf as PyTorch does it."""
+    return 0.5 * x * (1 + jax.lax.erf(x * 0.5**0.5))
+
+
 class Linear(nn.Module):
     """A dense layer in x's dtype, started as PyTorch starts one: uniform in +- 1 / sqrt(fan in), the bias too."""
 

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxsd.errors import UserError
-from jaxsd.models.blocks import DropPath, Linear, Sequential, check_rates, he_fan_out, normal
+from jaxsd.models.blocks import DropPath, Linear, Sequential, check_rates, gelu, he_fan_out, normal
 from jaxsd.models.conv import Conv
 from jaxsd.models.norm import LayerNorm
 from jaxsd.models.pool import adaptive_average_pool
@@ -67,7 +67,7 @@ class Attention(nn.Module):
         """The map [B, h, w, D] that keys and values are made of."""
         if self.linear:
             x = conv(x.shape[-1], 1, name="reduce")(adaptive_average_pool(x, POOLED))
-            return nn.gelu(LayerNorm(1e-5, name="norm")(x), approximate=False)
+            return gelu(LayerNorm(1e-5, name="norm")(x))
         if self.reduction == 1:
             return x
         return LayerNorm(1e-5, name="norm")(conv(x.shape[-1], self.reduction, self.reduction, name="reduce")(x))
@@ -86,7 +86,7 @@ class Mlp(nn.Module):
         y = nn.relu(y) if self.linear else y
         start = normal(2**0.5 / 3)  # of the variance 2 / fan out, which is 9 for one channel
         y = conv(self.hidden, 3, 1, 1, groups=self.hidden, kernel_init=start, name="depthwise")(y)
-        return dense(x.shape[-1], name="project")(nn.gelu(y, approximate=False))
+        return dense(x.shape[-1], name="project")(gelu(y))
 
 
 class Unit(nn.Module):

@@ -17,7 +17,7 @@ from flax import struct, traverse_util
 from jax import lax
 
 from jaxsd.errors import UserError
-from jaxsd.models.blocks import DropPath, Linear, Sequential, check_rates, normal, uniform, uniform_fan_in
+from jaxsd.models.blocks import DropPath, Linear, Sequential, check_rates, gelu, normal, uniform, uniform_fan_in
 from jaxsd.models.conv import Conv
 from jaxsd.models.norm import LayerNorm
 
@@ -160,7 +160,7 @@ class Mlp(nn.Module):
     @nn.compact
     def __call__(self, x: Array) -> Array:
         """x [.., D] to the same shape."""
-        y = nn.gelu(Linear(self.hidden, kernel_init=START, bias_init=ZEROS, name="fc1")(x), approximate=False)
+        y = gelu(Linear(self.hidden, kernel_init=START, bias_init=ZEROS, name="fc1")(x))
         return Linear(x.shape[-1], kernel_init=START, bias_init=ZEROS, name="fc2")(y)
 
 
