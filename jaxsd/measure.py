@@ -1,5 +1,6 @@
 """What a cell of an experiment is measured by: networks meet test images here and nowhere else."""
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -14,7 +15,7 @@ from jaxsd.evaluate.probes import knn, ridge, ridge_regression
 from jaxsd.evaluate.regression import per_kind, regression, undefined
 from jaxsd.evaluate.statistics import image_statistics
 from jaxsd.recipe import Cell, Experiment
-from jaxsd.stage import Run, Stage, data_of, done
+from jaxsd.stage import WEIGHTS_FORMAT, Run, Stage, data_of, done
 from jaxsd.train.loop import evaluate
 from jaxsd.workdir import Journal, fingerprint, read_json, write_json
 
@@ -176,12 +177,17 @@ def _on_features(name: str, classify: Callable[..., np.ndarray]) -> Callable[[Ex
             return []
         if not runs and cell.arm != experiment.recipe.baseline:
             return []
-        stage = runs[-1].stage if runs else experiment.runs(cell)[-1].stage
+        begun = experiment.recipe.arms[cell.arm][0].init
+        stage = runs[-1].stage if runs else dataclasses.replace(experiment.runs(cell)[-1].stage, init=begun)
         train, train_print = experiment.given(cell, "labelled")
         train_labels, labels, classes = train.labels, test.labels, test.classes
         standard = [part.tolist() for part in experiment.standard(cell)]
         init = [stage.init.identity()] if stage.init is not None else []
-        start = runs[-1].fingerprint() if runs else fingerprint(["untrained", stage.spec, cell.seed, standard, *init])
+        start = (
+            runs[-1].fingerprint()
+            if runs
+            else fingerprint(["untrained", WEIGHTS_FORMAT, stage.spec, cell.seed, standard, *init])
+        )
 
         def features() -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
             trained = experiment.trained(cell, runs) if runs else experiment.untrained(cell, stage)

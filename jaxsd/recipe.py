@@ -16,7 +16,7 @@ from jaxsd.data.split import split, subset
 from jaxsd.errors import Stopped, UserError
 from jaxsd.evaluate.answers import averaged
 from jaxsd.evaluate.features import predict
-from jaxsd.stage import Run, Stage, Trained, check_folder, check_names, done, drawn, restore, run_stage
+from jaxsd.stage import Run, Stage, Trained, check_fits, check_folder, check_names, done, drawn, restore, run_stage
 from jaxsd.train.loop import Stop
 from jaxsd.train.state import State, merge
 from jaxsd.views.view import View, compose
@@ -284,12 +284,24 @@ class Experiment:
                 found.setdefault(run.fingerprint(), run)
         return list(found.values())
 
+    def _check_fits(self, cells: list[Cell]) -> None:
+        """Raises UserError where a network that is still to be trained does not take its images: before any is."""
+        known = set()
+        for cell in cells:
+            for run in self.runs(cell) + (self.runs(cell, probe=True) if self._probes(cell) else []):
+                what = (id(run.stage.objective), run.stage.name, cell.input)
+                if what not in known and done(run, self.workdir) is None:
+                    check_fits(run.stage, self.given(cell, run.stage.on)[0])
+                known.add(what)
+
     def check(self, cells: list[Cell], *, reuse: bool = False) -> int:
         """How many stages are still to be trained.
 
-        Raises UserError where the workdir holds stages that were made otherwise, naming what differs.
+        Raises UserError where the workdir holds stages that were made otherwise, naming what differs, or where a
+        network does not take its images.
         """
         runs = self.all_runs(cells)
+        self._check_fits(cells)
         lines = [line for run in runs for line in check_folder(run, self.workdir, reuse=reuse)]
         if lines:
             shown = "; ".join(lines[:6]) + (f"; and {len(lines) - 6} more" if len(lines) > 6 else "")

@@ -197,6 +197,14 @@ def drawn(run: Run, source: Source) -> Trained:
     return Trained(merge(state.params, state.frozen), state.extra)
 
 
+def check_fits(stage: Stage, source: Source) -> None:
+    """Raises UserError, with the stage's name, where its network does not take its images. Nothing is computed."""
+    try:
+        jax.eval_shape(stage.objective.init, jax.random.key(0), {"image": sample_of(stage.view(source.take([0])))})
+    except UserError as error:
+        raise UserError(f"stage {stage.name!r}: {error}") from error
+
+
 def plan_of(stage: Stage, key: jax.Array, images: int) -> loop.Plan:
     """The stage's epochs, batches and rates over a set of so many images."""
     repeat = stage.repeat(images)

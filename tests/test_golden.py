@@ -14,7 +14,11 @@ from jaxsd.models.conv import plain_convolutions
 from jaxsd.models.forward import forward
 
 FOLDER = Path(__file__).parent / "golden"
+# By default one network of a family in inference mode, and the training steps of the quick ones.
 NAMES = [pytest.param(name, marks=pytest.mark.slow if case.slow else ()) for name, case in CASES.items()]
+TRAINED = [
+    pytest.param(name, marks=pytest.mark.slow if case.slow else ()) for name, case in CASES.items() if case.train
+]
 
 
 @pytest.fixture(autouse=True)
@@ -50,7 +54,7 @@ def test_logits_and_features_in_inference_mode(name):
             near(here["some"], told["some"], max(told["magnitude"], np.abs(told["some"]).max()))
 
 
-@pytest.mark.parametrize("name", [name for name, case in CASES.items() if case.train])
+@pytest.mark.parametrize("name", TRAINED)
 def test_a_training_step(name):
     """Loss, the gradient of every leaf and the statistics after it."""
     case, wanted = CASES[name], golden(name)["train"]

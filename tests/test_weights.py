@@ -422,3 +422,31 @@ def test_timm_takes_it_and_gives_it(name, peer, tmp_path):
     again = timm.create_model(peer, num_classes=5, checkpoint_path=str(tmp_path / "back.safetensors")).eval()
     with torch.no_grad():
         np.testing.assert_array_equal(again(turned).numpy(), there(turned).numpy())
+
+
+def test_a_file_goes_back_with_the_colours_it_came_with(tmp_path):
+    """The numbers of "caffe" are no order of colours: only Keras' own files begin with blue."""
+    params, collections = filled(VGG, 32)
+    path = tmp_path / "net.safetensors"
+    weights.save(path, VGG, params, collections)
+    back, _, _ = weights.load(weights.published(str(path), "caffe"), VGG, *filled(VGG, 32))
+    same(back, params)
+
+
+def test_a_part_to_begin_anew_that_is_none_is_named(tmp_path):
+    model = models.ResNet(outputs=3, depths=(1,), widths=(4,))
+    params, collections = filled(model, 8)
+    weights.save(tmp_path / "net.safetensors", model, params, collections)
+    with pytest.raises(UserError, match="'blokc1' in `fresh` is no part of this ResNet"):
+        weights.load(tmp_path / "net.safetensors", model, params, collections, fresh=("blokc1",))
+
+
+def test_a_head_comes_whole_or_not_at_all(tmp_path):
+    """Another pool makes the head's kernel twice as long: its bias would fit."""
+    model = models.ResNet(outputs=3, depths=(1,), widths=(4,))
+    params, collections = filled(model, 8)
+    weights.save(tmp_path / "net.safetensors", model, params, collections)
+    wide = model.clone(pool="concat")
+    _, _, lines = weights.load(tmp_path / "net.safetensors", wide, *filled(wide, 8))
+    told = {line["tensor"]: line["action"] for line in lines if line["tensor"].startswith("params/head")}
+    assert told == {"params/head/kernel": "fresh", "params/head/bias": "fresh"}

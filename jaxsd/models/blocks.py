@@ -53,7 +53,8 @@ def glorot(key: jax.Array, shape: tuple[int, ...], dtype: Any = jnp.float32) -> 
 
 def gelu(x: jax.Array) -> jax.Array:
     """x times the share of a standard normal below x (Hendrycks & Gimpel 2016), by erf as PyTorch does it."""
-    return 0.5 * x * (1 + jax.lax.erf(x * 0.5**0.5))
+    wide = x.astype(jnp.float32)  # in bfloat16 nothing would be left of the tail
+    return (0.5 * wide * (1 + jax.lax.erf(wide * 0.5**0.5))).astype(x.dtype)
 
 
 class Linear(nn.Module):
@@ -260,7 +261,7 @@ def grown(name: str, blocks: int, grow: int | None) -> int:
 
 
 def check_rates(name: str, **rates: float) -> None:
-    """Raises UserError unless all rates, the options of a builder, are in [0, 1)."""
+    """Raises UserError unless all rates, options of the network called `name`, are in [0, 1)."""
     for option, rate in rates.items():
         if not 0 <= rate < 1:
             raise UserError(f"{name}'s {option} must be in [0, 1), got {rate}")

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 from jaxsd.errors import UserError
 from jaxsd.models import convnet, efficientnet, patchnet, pvt, resnest, resnet, t2t, vgg, vit
-from jaxsd.models.blocks import Backbone, Linear
+from jaxsd.models.blocks import Backbone, Linear, check_rates
 from jaxsd.models.conv import Conv, plain_convolutions
 
 FAMILIES = (resnet, resnest, convnet, vgg, patchnet, vit, t2t, efficientnet, pvt)
@@ -60,6 +60,7 @@ def build(
         if option not in valid:
             named = dict.fromkeys(("outputs", "resolution", "frozen", "dtype", "remat", *valid))
             raise UserError(f"model {name!r} has no option {option!r}: choose from {', '.join(named)}")
+    check_rates(name, **{option: family[option] for option in ("dropout", "drop_path") if option in family})
     if "resolution" in valid:
         family["resolution"] = resolution
     return BACKBONES[name](outputs=outputs, frozen=tuple(frozen), dtype=_dtype(name, dtype), remat=remat, **family)

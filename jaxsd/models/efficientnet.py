@@ -13,7 +13,7 @@ from typing import NamedTuple
 import flax.linen as nn
 import jax
 
-from jaxsd.models.blocks import ConvNorm, DropPath, Linear, Sequential, check_rates, he_fan_out, normal, uniform
+from jaxsd.models.blocks import ConvNorm, DropPath, Linear, Sequential, he_fan_out, normal, uniform
 from jaxsd.models.conv import Conv, Padding
 
 
@@ -207,7 +207,6 @@ def efficientnet(
     """
     width, depth, published, _ = SIZES[variant]
     dropout = published if dropout is None else dropout
-    check_rates(variant, drop_path=drop_path, dropout=dropout)
     return EfficientNet(width=width, depth=depth, drop_path=drop_path, tf=tf, head_dropout=dropout, **common)
 
 

@@ -129,8 +129,6 @@ def patchnet(
         first = [FIRST[min(i, len(FIRST) - 1)] for i in range(units)]
     if len(first) != units:
         raise UserError(f"patchnet for patches of {patch} needs {units} numbers of channels in first=, got {first}")
-    if not 0 <= dropout < 1:
-        raise UserError(f"patchnet's dropout must be in [0, 1), got {dropout}")
     count = grown("patchnet", 1 + len(widths), grow)
     return PatchNet(
         first=tuple(first), widths=tuple(widths)[: count - 1], hidden=tuple(hidden), dropout=dropout,

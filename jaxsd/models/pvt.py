@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxsd.errors import UserError
-from jaxsd.models.blocks import DropPath, Linear, Sequential, check_rates, gelu, he_fan_out, normal
+from jaxsd.models.blocks import DropPath, Linear, Sequential, gelu, he_fan_out, normal
 from jaxsd.models.conv import Conv
 from jaxsd.models.norm import LayerNorm
 from jaxsd.models.pool import adaptive_average_pool
@@ -214,7 +214,6 @@ SIZES: Mapping[str, Mapping[str, Any]] = {  # b0_small, b0_small1 and b0_large: 
 
 def pvt_v2(variant: str, *, drop_path: float = 0.0, dropout: float = 0.0, **common) -> PVT:
     """PVT version 2 of a size in SIZES. drop_path: see PVT, published 0.1, from b3 on 0.3; dropout: before the head."""
-    check_rates(variant, drop_path=drop_path, dropout=dropout)
     return PVT(**SIZES[variant], drop_path=drop_path, head_dropout=dropout, **common)
 
 

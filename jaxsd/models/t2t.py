@@ -15,7 +15,7 @@ import numpy as np
 from jax import lax
 
 from jaxsd.errors import UserError
-from jaxsd.models.blocks import Linear, check_rates
+from jaxsd.models.blocks import Linear
 from jaxsd.models.norm import LayerNorm
 from jaxsd.models.vit import POSITIONS, START, ZEROS, Mlp, TokenBackbone, Tokens, attend, sequence
 
@@ -188,7 +188,6 @@ def t2t_vit(
     training; the performers' own dropout of 0.1 is always there.
     """
     side = 224 if resolution is None else resolution
-    check_rates(variant, drop_path=drop_path, dropout=dropout)
     token_grid((side, side))
     return T2TViT(**SIZES[variant], side=side, drop_path=drop_path, head_dropout=dropout, **common)
 

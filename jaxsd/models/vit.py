@@ -17,7 +17,7 @@ from flax import struct, traverse_util
 from jax import lax
 
 from jaxsd.errors import UserError
-from jaxsd.models.blocks import DropPath, Linear, Sequential, check_rates, gelu, normal, uniform, uniform_fan_in
+from jaxsd.models.blocks import DropPath, Linear, Sequential, gelu, normal, uniform, uniform_fan_in
 from jaxsd.models.conv import Conv
 from jaxsd.models.norm import LayerNorm
 
@@ -277,7 +277,6 @@ def deit(
     of the class token that is dropped in front of the head while training.
     """
     side = 224 if resolution is None else resolution
-    check_rates(variant, drop_path=drop_path, dropout=dropout)
     if not 1 <= patch <= side:
         raise UserError(f"{variant} for images of {side} pixels cannot have patches of {patch}: set patch=")
     return VisionTransformer(

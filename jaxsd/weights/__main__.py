@@ -42,7 +42,7 @@ def export(folder: Path, out: Path) -> str:
     trained = read_model(folder / "checkpoints")
     collections = trained["extra"]["model"]
     save(out, models.build(**network), trained["params"], collections)
-    mean, std = (", ".join(f"{x:.4f}" for x in collections[STANDARDISE][key]) for key in ("mean", "std"))
+    mean, std = (", ".join(f"{x:.6g}" for x in collections[STANDARDISE][key]) for key in ("mean", "std"))
     return f"{out}: {network['name']}, {network['outputs']} outputs; of images in [0, 1] it takes ({mean}) over ({std})"
 
 

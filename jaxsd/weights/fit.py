@@ -1,7 +1,7 @@
 """Published weights into a network: every tensor accounted for, and what they expect of the images."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,6 +24,7 @@ STANDARDS = {
     "caffe": (tuple(level / 255 for level in (123.68, 116.779, 103.939)), (1 / 255,) * 3),
     "data": None,
 }
+KERAS = (".h5", ".hdf5")
 # What no network has but behind its blocks; a file may have it where the network has no head or another one.
 HEADS = ("fc.", "head.", "head_dist.", "classifier.", "pre_logits.", "fc1.", "fc2.", "predictions.")
 
@@ -35,6 +36,11 @@ class Published(NamedTuple):
     path: Path
     sha256: str
     standardise: str  # one of STANDARDS
+
+    @property
+    def blue_first(self) -> bool:
+        """Whether its first kernel reads blue, green, red: Keras' do, and "unit" is for those who feed it red first."""
+        return self.path.suffix.lower() in KERAS and self.standardise != "unit"
 
     def identity(self) -> dict[str, str]:
         """What of it decides a network's weights: not where the file lies."""
@@ -66,7 +72,7 @@ def published(weights: str, standardise: str = "auto") -> Published:
         raise UserError(f"standardise={standardise!r} is unknown: choose from auto, {', '.join(STANDARDS)}")
     path = find(weights)
     if standardise == "auto":
-        standardise = "caffe" if path.suffix.lower() in (".h5", ".hdf5") else "imagenet"
+        standardise = "caffe" if path.suffix.lower() in KERAS else "imagenet"
     return Published(str(weights), path, sha256(path), standardise)
 
 
@@ -102,11 +108,16 @@ def load(
     shapes = {names[path]: published_shape(model, path, leaf.shape) for path, leaf in flat.items()}
     tensors = renamed(read(source.path, source.name), shapes)
     result, lines, wrong, used = {}, [], [], set()
-    anew = tuple(f"{name}/" for name in fresh)
+    _check_fresh(model, fresh, flat, tensors)
+    found = {
+        path: _fitted(path, tensors.get(name), shapes[name], blue_first=source.blue_first)
+        for path, name in names.items()
+    }
+    no_head = any(path[1] == "head" and fitted is None for path, fitted in found.items())  # then all of it is fresh
+    anew = tuple(f"{name}/" for name in (*fresh, *(["head"] if no_head else [])))
     for path, leaf in flat.items():
-        name, line = names[path], {"tensor": "/".join(path), "shape": list(leaf.shape)}
-        fitted = _fitted(path, tensors.get(name), shapes[name], blue_first=source.standardise == "caffe")
-        if "/".join((*path[1:], "")).startswith(anew) or (path[1] == "head" and fitted is None):
+        name, line, fitted = names[path], {"tensor": "/".join(path), "shape": list(leaf.shape)}, found[path]
+        if "/".join((*path[1:], "")).startswith(anew):
             result[path] = leaf
             lines.append({**line, "action": "fresh"})
         elif fitted is None:
@@ -127,6 +138,18 @@ def load(
         raise UserError(f"the weights {source.name} do not fit this {type(model).__name__}: {shown}")
     tree = traverse_util.unflatten_dict(result)
     return tree.pop("params"), {**collections, **tree}, lines
+
+
+def _check_fresh(model: Backbone, fresh: Sequence[str], flat: Mapping[tuple[str, ...], Any], tensors: Any) -> None:
+    """Raises UserError for a name that neither the network nor the file has; "head" may be missing."""
+    here = ["/".join((*path[1:], "")) for path in flat]
+    there = _droppable(model, fresh)[len(HEADS) :]
+    for name in fresh:
+        known = any(path.startswith(f"{name}/") for path in here) or name == "head"
+        if not known and not any(tensor.startswith(there) for tensor in tensors if there):
+            raise UserError(
+                f"{name!r} in `fresh` is no part of this {type(model).__name__}: it has {list(model.parts)}"
+            )
 
 
 class _Fitted(NamedTuple):
@@ -157,6 +180,8 @@ def _fitted(
     elif path[-1] == POSITIONS and value.ndim == len(shape) == 3 and value.shape[2] == shape[2]:
         adapted.append(f"{value.shape[1]} positions to {shape[1]}")
         side = math.isqrt(shape[1] - 1)
+        if math.isqrt(value.shape[1] - 1) ** 2 != value.shape[1] - 1:  # with other tokens than one in front
+            return None
         value = np.asarray(resize_positions(jnp.asarray(value), (side, side)))
     elif {value.ndim, len(shape)} == {2, 4} and value.size == math.prod(shape):
         value = value.reshape(shape)  # a dense layer on a map flattened channel by channel, and the same convolution

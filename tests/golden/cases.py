@@ -56,7 +56,7 @@ CASES = {
         "skresnext50_32x4d", "skresnext50_32x4d", (64, 96), {"stem": "imagenet"}, train=True, slow=True, **CAREFUL
     ),
     "resnet18_blur": Case(
-        "resnet18", "blur:resnet18", (64, 89), {**BLURRED, "pool": "dual"}, {"global_pool": "avgmax"}
+        "resnet18", "blur:resnet18", (64, 89), {**BLURRED, "pool": "dual"}, {"global_pool": "avgmax"}, slow=True
     ),
     "resnet50_blur": Case(
         "resnet50", "blur:resnet50", (64, 96), {**BLURRED, "pool": "concat"}, {"global_pool": "catavgmax"}, slow=True
