@@ -137,6 +137,8 @@ def vgg16(
     """
     if init not in STARTS:
         raise UserError(f"unknown init {init!r} for vgg16: choose from {', '.join(STARTS)}")
+    if pool < 1:
+        raise UserError(f"vgg16 pools to a map with a side of 1 or more, not {pool}: set pool=")
     return VGG(norm=norm, hidden=tuple(hidden), pool=pool, head_dropout=dropout, start=init, **common)
 
 
