@@ -25,6 +25,7 @@ PRESETS = {
 }
 MADE = {}
 EACH = [(name, preset) for name, presets in PRESETS.items() for preset in presets]
+HEAVY = (("scalenet", "imagenet_subset"),)  # 57 million parameters
 
 
 def config_of(name, preset):
@@ -87,7 +88,9 @@ def test_a_preset_builds_as_written(name, preset):
 
 
 @pytest.mark.parametrize("taken", [False, pytest.param(True, marks=pytest.mark.slow)])
-@pytest.mark.parametrize(("name", "preset"), EACH)
+@pytest.mark.parametrize(
+    ("name", "preset"), [pytest.param(*one, marks=pytest.mark.slow if one in HEAVY else ()) for one in EACH]
+)
 def test_every_stage_of_a_preset_takes_a_step(name, preset, taken, shared, monkeypatch, tmp_path):
     """By default steps are traced: there shapes and arguments can be wrong; to compile them takes far longer."""
     if preset != "tiny" and not taken:
