@@ -138,7 +138,7 @@ def test_a_finished_stage_is_exported(tiny, tmp_path, capsys):
     trained = experiment.trained(cell, runs)
     folder, out = runs[-1].folder(tmp_path / "run"), tmp_path / "out.safetensors"
     assert export.main([str(folder), str(out)]) == 0
-    assert "named, 4 outputs; of images in [0, 1] it takes (0.4490) over (0.2260)" in capsys.readouterr().out
+    assert "named, 4 outputs; of images in [0, 1] it takes (0.449) over (0.226)" in capsys.readouterr().out
     model = runs[-1].stage.model
     found = weights.load(out, model, *zeros((trained.params, trained.extra["model"])))
     same(found[0], jax.tree.map(np.asarray, trained.params))

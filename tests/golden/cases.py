@@ -53,7 +53,7 @@ CASES = {
     "resnet18": Case("resnet18", "resnet18", (64, 96), {"stem": "imagenet"}, train=True),
     **{name: Case(name, name, (64, 96), {"stem": "imagenet"}, slow=True) for name in RESNETS},
     "skresnext50_32x4d": Case(
-        "skresnext50_32x4d", "skresnext50_32x4d", (64, 96), {"stem": "imagenet"}, train=True, slow=True, **CAREFUL
+        "skresnext50_32x4d", "skresnext50_32x4d", (64, 96), {"stem": "imagenet"}, slow=True, **CAREFUL
     ),
     "resnet18_blur": Case(
         "resnet18", "blur:resnet18", (64, 89), {**BLURRED, "pool": "dual"}, {"global_pool": "avgmax"}, slow=True
