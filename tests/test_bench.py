@@ -1,10 +1,14 @@
+import ast
 import json
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from jaxsd.bench import __main__ as bench
-from jaxsd.bench import recipe, turns
+from jaxsd.bench import recipe, step, turns
+from jaxsd.bench.peer import step as peer_step
 
 RECIPE = ["recipe", "--data=digits", "--threads=1", "--repeats=2", "--epochs=10"]
 
@@ -61,6 +65,40 @@ def test_another_network_is_no_comparison(children, tmp_path, monkeypatch, capsy
     assert capsys.readouterr().err.startswith("error: not the same network")
 
 
+def test_an_interrupted_table_has_printed_what_it_has(children, monkeypatch, capsys):
+    def child(command, environment):
+        if len(children) == 24 + 5:  # two networks of 4 + 8 runs, and a part of the third
+            raise KeyboardInterrupt
+        children.append(command)
+        if "jaxsd.bench" in command:
+            return {"step_ms": 10.0, "parameters": 7}
+        given = peer_step.flags().parse_args(command[2:])  # it knows every word
+        return {"step_ms": 25.0 if given.channels_last else 20.0, "parameters": 7}
+
+    monkeypatch.setattr(turns, "_child", child)
+    with pytest.raises(KeyboardInterrupt):
+        bench.main(["step", "--all", "--against=python3", "--repeats=1"])
+    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [(line["model"], line["ratio"]) for line in lines] == [(row.model, 2.0) for row in step.TABLE[:2]]
+    assert Path(children[-1][1]) == step.PEER and step.PEER.is_file()
+
+
+def test_networks_of_the_table_are_without_dropout():
+    for row in step.TABLE:
+        model = step.network(row.model, 10, row.resolution, row.stem)
+        rates = {name: getattr(model, name) for name in vars(model) if "drop" in name}
+        assert rates and not any(rates.values()), row
+
+
+def test_the_peer_needs_nothing_of_this_project():
+    for path in step.PEER.parent.glob("*.py"):
+        nodes = list(ast.walk(ast.parse(path.read_text())))
+        names = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
+        names |= {node.module for node in nodes if isinstance(node, ast.ImportFrom)}
+        packages = {name.split(".")[0] for name in names}
+        assert packages <= {*sys.stdlib_module_names, "torch", "torchvision", "timm", "networks"}, path
+
+
 def test_rates_drop_where_the_peers_do():
     stages = recipe.stages(bench.flags().parse_args(RECIPE), 10)
     assert [stage.name for stage in stages] == ["alpha0.5", "alpha1", "finetune"]
@@ -73,6 +111,7 @@ def test_rates_drop_where_the_peers_do():
     "wrong",
     [
         ["step"],
+        ["step", "--all", "--threads=1"],
         ["recipe", "--images=many"],
         ["recipe", "--data=nowhere"],
         ["recipe", "--threads=0"],

@@ -48,7 +48,7 @@ FOLDERS = {
     "objectives": ("objective", "supervised", "regression", "rotation"),
     "train": ("schedule", "optimiser", "state", "step", "checkpoint", "loop", "trunk"),
     "weights": ("files", "names", "fit", "__main__"),
-    "bench": ("turns", "step", "recipe", "patches", "__main__"),
+    "bench": ("peer", "turns", "step", "recipe", "patches", "__main__"),
     "evaluate": ("metrics", "regression", "features", "answers", "probes", "statistics", "cam"),
 }
 # What a folder or file may import from the others, besides `errors`; only from rows above its own.

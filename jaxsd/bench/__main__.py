@@ -3,7 +3,7 @@
 step: one training step of a backbone on random inputs. recipe: a whole ScaleNet run (rotation at growing scales, then
 fine-tuning on a few labels). patches: the late stages of a patch ladder, or its memory. With --against=PYTHON the first
 two are also run in PyTorch, by the script --peer with that interpreter, in turn with ours and in fresh processes;
-`ratio` is the peer's time over ours: above 1 is faster here.
+`ratio` is the peer's time over ours: above 1 is faster here. `step` has its PyTorch script in jaxsd/bench/peer.
 """
 
 import argparse
@@ -27,8 +27,8 @@ def flags() -> argparse.ArgumentParser:
     parser = _Parser(prog="python -m jaxsd.bench", description="Speed, one JSON object per line.")
     commands = parser.add_subparsers(dest="command", required=True)
     for name, what, peer, about in (
-        ("step", step, "torch_step.py", "one training step of a backbone on random inputs"),
-        ("recipe", recipe, "torch_rotnet.py", "a whole ScaleNet run"),
+        ("step", step, step.PEER, "one training step of a backbone on random inputs"),
+        ("recipe", recipe, Path("peers", "torch_rotnet.py"), "a whole ScaleNet run"),
         ("patches", patches, None, "what a patch ladder costs"),
     ):
         command = commands.add_parser(name, help=about)
@@ -36,7 +36,7 @@ def flags() -> argparse.ArgumentParser:
         command.add_argument("--threads", type=int, default=2, help="processor cores that each side may use")
         if peer is not None:
             command.add_argument("--against", metavar="PYTHON", help="interpreter that has torch")
-            command.add_argument("--peer", type=Path, default=Path("peers", peer), help="the PyTorch script")
+            command.add_argument("--peer", type=Path, default=peer, help="the PyTorch script")
             command.add_argument("--repeats", type=int, default=3, help="runs with each PyTorch setting")
     return parser
 

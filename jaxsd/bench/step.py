@@ -5,12 +5,16 @@ import math
 import statistics
 import time
 from collections.abc import Iterator
-from typing import NamedTuple
+from pathlib import Path
+from typing import Any, NamedTuple
 
 from jaxsd.bench.turns import ALLOCATORS, Line, Turns, as_flags, in_turn, versions
 from jaxsd.errors import UserError
 
-PEERS = {  # where timm's name is another
+PEER = Path(__file__).parent / "peer" / "step.py"
+PEERS = {  # where timm's name is another; own: is a twin of ours
+    "dsk_resnext50_32x4d": "own:dsk_resnext50_32x4d",
+    **{f"t2t_vit_{size}": f"own:t2t_vit_{size}" for size in ("7", "10", "12", "14", "19", "24", "t_14")},
     "deit_tiny": "deit_tiny_patch16_224",
     "deit_small": "deit_small_patch16_224",
     "deit_base": "deit_base_patch16_224",
@@ -33,9 +37,11 @@ TABLE = (
     Row("resnet18", 32, 128, "cifar"),
     Row("resnext50_32x4d", 64, 32, "imagenet"),
     Row("skresnext50_32x4d", 64, 32, "imagenet"),
+    Row("dsk_resnext50_32x4d", 64, 32, "imagenet"),
     Row("resnest50d", 64, 32),
     Row("efficientnet_b0", 64, 32),
     Row("deit_tiny", 112, 32),
+    Row("t2t_vit_7", 112, 32),
     Row("pvt_v2_b0", 112, 32),
     Row("vgg16", 64, 32),
     Row("alexnet", 96, 64),
@@ -57,30 +63,38 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--cached", action="store_true", help="take compiled programs from the cache")
 
 
+def network(name: str, classes: int, resolution: int, stem: str | None, dtype: str = "float32"):
+    """A backbone without dropout and stochastic depth, where they are a choice."""
+    from jaxsd import models
+    from jaxsd.models.catalogue import options
+
+    still: dict[str, Any] = {option: 0.0 for option in ("dropout", "drop_path") if option in options(name)}
+    return models.build(name, outputs=classes, resolution=resolution, stem=stem, dtype=dtype, **still)
+
+
 def line(given: argparse.Namespace) -> Line:
     """The step timed here, one by one; `flop_per_s` counts three forward passes' convolutions and dense layers."""
     if given.all:
-        raise UserError("--all compares: give --against=PYTHON and --peer=SCRIPT")
+        raise UserError("--all compares: give --against=PYTHON, an interpreter that has torch")
     import jax
     import numpy as np
     import optax
 
-    from jaxsd import models, objectives, train, tuning
+    from jaxsd import objectives, train, tuning
     from jaxsd.models.catalogue import costs
 
     tuning.tune_allocator()
     if given.cached:
         tuning.cache_compilation()
-    model = models.build(
-        given.model, outputs=given.classes, resolution=given.resolution, stem=given.stem, dtype=given.dtype
-    )
+    model = network(given.model, given.classes, given.resolution, given.stem, given.dtype)
     random, side = np.random.default_rng(0), given.resolution
     image = random.normal(size=(given.batch, side, side, 3)).astype(np.float32)
     batch = jax.device_put({"image": image, "label": random.integers(given.classes, size=given.batch, dtype=np.int32)})
     objective, optimiser = objectives.supervised(model), optax.sgd(0.01, momentum=0.9)
     state = train.init(jax.random.key(0), objective, optimiser, batch)
-    options = tuning.compiler_options()
-    step = jax.jit(train.make_train_step(objective, optimiser), donate_argnums=0, compiler_options=options)
+    step = jax.jit(
+        train.make_train_step(objective, optimiser), donate_argnums=0, compiler_options=tuning.compiler_options()
+    )
     start = time.perf_counter()
     compiled = step.lower(state, batch).compile()
     compile_s = time.perf_counter() - start

@@ -12,7 +12,7 @@ class Case(NamedTuple):
     """One network and its counterpart; `train`: one training step too, with everything random off on both sides."""
 
     model: str
-    peer: str  # timm's name, tv: and torchvision's, or own: and t2t_peer's, or blur: and timm's
+    peer: str  # timm's name, tv: and torchvision's, or own: and one of jaxsd.bench.peer's twins, or blur: and timm's
     resolutions: tuple[int, int]
     options: dict[str, Any] = {}
     peer_options: dict[str, Any] = {}
@@ -20,6 +20,7 @@ class Case(NamedTuple):
     slow: bool = False  # not in the default run of the tests
     outputs: int = 10
     sized: bool = False  # the peer is told the side of the images
+    published: bool = True  # else the peer's tensors are called as ours
     # Where float32 loses the digits that are compared: a softmax over large numbers needs smaller kernels, batch
     # statistics over three pooled values need images that differ.
     gain: float = 1.0
@@ -63,6 +64,15 @@ CASES = {
     ),
     "skresnext50_32x4d_blur": Case(
         "skresnext50_32x4d", "blur:skresnext50_32x4d", (64, 96), BLURRED, slow=True, **CAREFUL
+    ),
+    "dsk_resnext50_32x4d": Case(
+        "dsk_resnext50_32x4d",
+        "own:dsk_resnext50_32x4d",
+        (64, 96),
+        {"stem": "imagenet"},
+        slow=True,
+        published=False,
+        **CAREFUL,
     ),
     "deit_tiny": Case("deit_tiny", "deit_tiny_patch16_224", (64, 96), train=True, sized=True),
     "deit_small": Case("deit_small", "deit_small_patch16_224", (64, 96), slow=True, sized=True),

@@ -11,28 +11,26 @@ import json
 import sys
 from pathlib import Path
 
+import numpy as np
 import torch
 from flax.traverse_util import flatten_dict
-from golden import t2t_peer
 from golden.cases import CASES, entries, features_of
 
-from jaxsd.weights import published_name, to_timm
+from jaxsd.bench.peer.networks import TWINS, load_torchvision
+from jaxsd.weights import published_name
+from jaxsd.weights.names import LEAVES, kept, turned
 
 HERE = Path(__file__).parent
-OPERATORS = torch.library.Library("torchvision", "FRAGMENT")  # a CPU torch lacks two that torchvision looks up
-for _name in ("nms", "qnms"):
-    OPERATORS.define(_name + "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
 
 
 def reference(case, resolution):
     """The peer's network for a case: timm's, torchvision's for names that begin with tv:, own: or blur:."""
     options = {"num_classes": case.outputs, **({"img_size": resolution} if case.sized else {}), **case.peer_options}
-    if case.peer.startswith("tv:"):
-        import torchvision
-
-        return getattr(torchvision.models, case.peer[3:])(**options)
     if case.peer.startswith("own:"):
-        return t2t_peer.build(case.peer[4:], **options)
+        return TWINS[case.peer[4:]](**options)
+    if case.peer.startswith("tv:"):
+        return getattr(load_torchvision().models, case.peer[3:])(**options)
+    load_torchvision()  # timm imports it
     import timm
 
     if case.peer.startswith("blur:"):
@@ -52,24 +50,32 @@ def blurred(peer):
     return peer
 
 
+def peers_name(case, model, path):
+    """The peer's name of the tensor at a path; an unpublished network's twin has the modules of ours."""
+    if case.published:
+        return published_name(model, path)
+    return ".".join((*path[1:-1], LEAVES[path[-1]]))
+
+
 def loaded(case, resolution):
     """Our network and the peer with the tensors of `filled`, every one of them in its place."""
     model, params, collections = case.filled(resolution)
     tensors = {
-        name: torch.from_numpy(value.copy()).double() for name, value in to_timm(model, params, collections).items()
+        peers_name(case, model, path): torch.from_numpy(turned(model, path, np.asarray(leaf)).copy()).double()
+        for path, leaf in flatten_dict({"params": params, **kept(collections)}).items()
     }
     peer = reference(case, resolution).double()
     peer.load_state_dict(tensors, strict=True)
     return model, peer
 
 
-def shown(peer, model, images, train):
+def shown(case, peer, model, images, train):
     """Outputs and the blocks' features as [B, h, w, D]."""
     found, hooks = {}, []
     modules = dict(peer.named_modules())
     for block in model.blocks:
         keep = lambda module, given, value, block=block: found.__setitem__(block, value)  # noqa: E731
-        hooks.append(modules[model.published(block)].register_forward_hook(keep))
+        hooks.append(modules[model.published(block) if case.published else block].register_forward_hook(keep))
     peer.train(train)
     outputs = peer(torch.from_numpy(images.transpose(0, 3, 1, 2).copy()).double())
     for hook in hooks:
@@ -80,7 +86,7 @@ def shown(peer, model, images, train):
 def inference(case, resolution):
     model, peer = loaded(case, resolution)
     with torch.no_grad():
-        outputs, features = shown(peer, model, case.pictures(resolution, 2), False)
+        outputs, features = shown(case, peer, model, case.pictures(resolution, 2), False)
     return {
         "logits": outputs[:, :8].tolist(),
         "features": {block: entries(value.numpy()) for block, value in features.items()},
@@ -89,14 +95,14 @@ def inference(case, resolution):
 
 def training(case, resolution):
     model, peer = loaded(case, resolution)
-    outputs, _ = shown(peer, model, case.pictures(resolution, 3), True)
+    outputs, _ = shown(case, peer, model, case.pictures(resolution, 3), True)
     loss = torch.nn.functional.cross_entropy(outputs, torch.arange(3))
     loss.backward()
     gradients, state = dict(peer.named_parameters()), peer.state_dict()
     _, params, collections = case.filled(resolution)
-    names = {"/".join(path): published_name(model, ("params", *path)) for path in flatten_dict(params)}
+    names = {"/".join(path): peers_name(case, model, ("params", *path)) for path in flatten_dict(params)}
     running = {
-        "/".join(path): published_name(model, ("batch_stats", *path))
+        "/".join(path): peers_name(case, model, ("batch_stats", *path))
         for path in flatten_dict(collections.get("batch_stats", {}))
     }
     return {
