@@ -144,12 +144,18 @@ def test_tfrecord_files_give_the_same_as_array_record_files(prepared, tmp_path):
     assert "tensorflow" not in sys.modules
     (path,) = folder.glob("*-test.tfrecord-00001*")
     content = path.read_bytes()
-    for damaged in (content[:-5], content[:6], content[:14] + b"\xff" * 40 + content[54:], b"\xff" * 20 + content[20:]):
+    flipped = content[:14] + b"\xff" * 40 + content[54:]
+    for damaged, why in (
+        (content[:-5], "is cut off"),
+        (content[:6], "is cut off"),
+        (b"\xff" * 20 + content[20:], "is cut off or damaged"),
+        (flipped, ""),
+    ):
         path.write_bytes(damaged)
-        with pytest.raises(UserError, match="of test in .* cannot be read .*: prepare jaxsd_digits again"):
+        with pytest.raises(UserError, match=rf"of test in .* cannot be read \(.*{why}.*\): prepare jaxsd_digits again"):
             tfds("jaxsd_digits", data_dir=tmp_path)
     path.write_bytes(b"")
-    with pytest.raises(UserError, match="cannot be read"):
+    with pytest.raises(UserError, match=r"cannot be read \(the files hold \d+ images of 12\)"):
         tfds("jaxsd_digits", data_dir=tmp_path)
 
 

@@ -154,7 +154,9 @@ def _source(builder: Any, split: str, notation: str, keys: Keys, target: Layout,
     labels, images = np.empty(count, np.int32), np.empty(0, np.uint8)
     for position in tqdm(range(count), desc=f"reading {notation}", unit="", disable=None):
         try:
-            example = next(examples)
+            example = next(examples, None)
+            if example is None:
+                raise ValueError(f"the files hold {position} images of {count}")
         except Exception as error:  # damaged bytes can raise nearly anything
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             what = f"image {position} of {notation} in {builder.data_dir} cannot be read ({reason})"
