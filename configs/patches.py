@@ -10,6 +10,7 @@
     koniq                  KonIQ-10k, --config.data.path=FOLDER         32, 64, 128, 256       hours, 1 GPU
     indoor67               MIT Indoor67, --config.data.path=FOLDER      64, 128, 256           hours, 1 GPU
     folder                 class folders, --config.data.path=FOLDER     16, 32, 64             see the README
+    tfds                   any set of TFDS, --config.data.dataset=NAME  16, 32, 64             as folder
     scores                 a CSV file, --config.data.path=FILE          32, 64, 128, 256       see the README
     rotation_then_patches  as (none)                                    8, 16, 32              3 minutes, 2 cores
 
@@ -37,6 +38,7 @@ def get_config(preset=None):
         "koniq": koniq,
         "indoor67": indoor67,
         "folder": folder,
+        "tfds": tfds,
         "scores": scores,
         "rotation_then_patches": rotation_then_patches,
     }
@@ -145,10 +147,27 @@ def folder(config):
         channels=3,
         validation=0.0,
         test=0.2,  # where there is no test folder
+        groups=config_dict.placeholder(str),  # the scene in a file's name, such as "([^_]+)_[0-9]+" for frames
         on_bad_image="error",
     )
+    config.splits = crossvalidation()
     config.model = network(16, (128, 256))
     growing(config, (16, 32, 64), dict(name="supervised"), epochs=20, batch=128)
+
+
+def tfds(config):
+    """The preset `folder` on any prepared classification set of TFDS."""
+    folder(config)
+    config.data = dict(
+        name="tfds",
+        dataset=config_dict.placeholder(str),
+        data_dir=config_dict.placeholder(str),
+        size=64,
+        canvas="crop",
+        channels=3,
+        train="train",
+        test=config_dict.placeholder(str),  # a split or a share; else the split test, or 0.2 where there is none
+    )
 
 
 def rotation_then_patches(config):
@@ -165,7 +184,7 @@ def rotation_then_patches(config):
 
 def ours(config):
     """Without named scenes, so images are split at random; resized to 256 pixels, while scores are of the full size."""
-    config.splits = ordered(random=dict(by="image", test=0.2))
+    config.splits = ordered(random=dict(by="image", test=0.2, folds=0))  # folds=5, test=0: cross-validation
     config.model = network(32, (128, 256, 256))
     growing(config, (32, 64, 128, 256), regression(), epochs=80, batch=128)
 
@@ -220,6 +239,11 @@ def amount(total=None, fraction=None, per_class=None):
         fraction=config_dict.placeholder(float) if fraction is None else fraction,
         per_class=config_dict.placeholder(int) if per_class is None else per_class,
     )
+
+
+def crossvalidation():
+    """None until `folds` are given, such as 5 with the seeds 0 to 4 and data.test=0; by="group" keeps scenes whole."""
+    return ordered(crossvalidation=dict(by="image", folds=0))
 
 
 def ordered(**parts):

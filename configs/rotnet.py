@@ -6,6 +6,7 @@
     (none)    5,000 handwritten digits, embedded  supervised and RotNet + conv with 20 labels per class, at 14 pixels
     tiny      1,797 digits of 8 pixels, embedded  the same in seconds, with 2 labels per class, for tests
     folder    --config.data.path=FOLDER           the same on class folders, 20 labels per class
+    tfds      --config.data.dataset=NAME          the same on any prepared set of TFDS
     cifar10   CIFAR-10 (TFDS)                     the paper's recipe with 20, 100, 400, 1,000 and 5,000 per class
 
 Arms: `supervised` (three blocks, all trained), `rotnet_conv` (the first two blocks frozen after the rotation task, a
@@ -21,7 +22,7 @@ CROP_FLIP = (dict(name="pad_crop", padding=4), dict(name="flip_horizontal"))
 
 def get_config(preset=None):
     """The config of a preset; every value can be overridden by --config.KEY=VALUE."""
-    presets = {None: embedded, "tiny": tiny, "folder": folder, "cifar10": cifar10}
+    presets = {None: embedded, "tiny": tiny, "folder": folder, "tfds": tfds, "cifar10": cifar10}
     if preset not in presets:
         raise ValueError(f"configs/rotnet.py has no preset {preset!r}: choose from {', '.join(list(presets)[1:])}")
     config = ml_collections.ConfigDict()
@@ -80,10 +81,28 @@ def folder(config):
         canvas="crop",
         channels=3,
         validation=0.0,
+        test=0.2,  # where there is no test folder
+        groups=config_dict.placeholder(str),  # the scene in a file's name, such as "([^_]+)_[0-9]+" for frames
         on_bad_image="error",
     )
+    config.splits = crossvalidation()
     config.labels = ordered(per_class_20=few(20))
     config.stages = stages(rotation_epochs=50, conv_epochs=25, supervised_epochs=50, draws=5_000)
+
+
+def tfds(config):
+    """The preset `folder` on any prepared classification set of TFDS."""
+    folder(config)
+    config.data = dict(
+        name="tfds",
+        dataset=config_dict.placeholder(str),
+        data_dir=config_dict.placeholder(str),
+        size=32,
+        canvas="crop",
+        channels=3,
+        train="train",
+        test=config_dict.placeholder(str),  # a split or a share; else the split test, or 0.2 where there is none
+    )
 
 
 def few(per_class):
@@ -117,6 +136,11 @@ def stages(rotation_epochs, conv_epochs, supervised_epochs, draws, alpha=1.0):
         ),
         supervised=dict(**task, schedule=ladder((0.3, 0.6, 0.8)), epochs=supervised_epochs),
     )
+
+
+def crossvalidation():
+    """None until `folds` are given, such as 5 with the seeds 0 to 4 and data.test=0; by="group" keeps scenes whole."""
+    return ordered(crossvalidation=dict(by="image", folds=0))
 
 
 def ordered(**parts):

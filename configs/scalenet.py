@@ -7,6 +7,7 @@
                                                          at 14 pixels (so ScaleNet begins at 7)
     tiny             1,797 digits of 8 pixels, embedded  the same, for tests                         seconds
     folder           --config.data.path=FOLDER           the four arms, plain and Harris inputs      see the README
+    tfds             any set, --config.data.dataset=NAME the same                                    as folder
     photos           crops of 10 photographs, embedded   the four arms on the five inputs of Table 3 minutes, 1 GPU
     cifar10          CIFAR-10 (TFDS)                     Tables 1, 2: scales and rates (--only)      days, 1 GPU
     cifar10_limited  CIFAR-10 (TFDS)                     Table 3: five inputs, 4,000 labels and all  days, 1 GPU
@@ -41,6 +42,7 @@ def get_config(preset=None):
         None: embedded,
         "tiny": tiny,
         "folder": folder,
+        "tfds": tfds,
         "photos": photos,
         "cifar10": cifar10,
         "cifar10_limited": cifar10_limited,
@@ -106,14 +108,32 @@ def folder(config):
         channels=3,
         validation=0.0,
         test=0.2,  # where there is no test folder
+        groups=config_dict.placeholder(str),  # the scene in a file's name, such as "([^_]+)_[0-9]+" for frames
         on_bad_image="error",
     )
+    config.splits = crossvalidation()
     config.pretext_data = dict(config.data)  # a path here gives the pretext stages images of their own
     config.inputs = ordered(original=(), harris=(dict(name="harris"),))
     config.labels = ordered(few=amount(per_class=10))
     config.model = dict(name="resnet8")
     config.stages = four_arms(half=(0.1, 20), full=(0.05, 10), downstream=downstream(0.05, 40, epoch_images=500))
     config.probe = probe()
+
+
+def tfds(config):
+    """The preset `folder` on any prepared classification set of TFDS."""
+    folder(config)
+    config.data = dict(
+        name="tfds",
+        dataset=config_dict.placeholder(str),
+        data_dir=config_dict.placeholder(str),
+        size=32,
+        canvas="crop",
+        channels=3,
+        train="train",
+        test=config_dict.placeholder(str),  # a split or a share; else the split test, or 0.2 where there is none
+    )
+    config.pretext_data = None
 
 
 def photos(config):
@@ -314,6 +334,11 @@ def four_arms(half, full, downstream):
         finetune=downstream,
         finetune_long=dict(like="finetune", match=("half", "full", "finetune")),
     )
+
+
+def crossvalidation():
+    """None until `folds` are given, such as 5 with the seeds 0 to 4 and data.test=0; by="group" keeps scenes whole."""
+    return ordered(crossvalidation=dict(by="image", folds=0))
 
 
 def ordered(**parts):

@@ -82,7 +82,7 @@ def load_pretext(config: Config, splits: Splits) -> Source | None:
     spec = config["pretext_data"]
     if not _has_pretext(spec):
         return None
-    source = _call(DATA, {**spec, "test": 0.0} if spec["name"] == "folder" else spec, "pretext_data").train
+    source = _call(DATA, {**spec, "test": 0.0} if spec["name"] in ("folder", "tfds") else spec, "pretext_data").train
     if source.shape != splits.train.shape:
         raise UserError(
             f"pretext_data: images of {source.shape}, but data has {splits.train.shape}: give both one size"
@@ -165,7 +165,7 @@ def _recipe(config: Config, shape: tuple[int, int, int], classes: int, scored: b
         evaluations=tuple(config["evaluations"]),
         baseline=baseline if baseline in arms else next(iter(arms)),
         seeds=tuple(config["seeds"]),
-        splits=_splits(config.get("splits") or {}),
+        splits=splits(config),
         inputs={name: view.compose(*(_view(part) for part in parts)) for name, parts in config["inputs"].items()},
         **amounts,
         probes=probes,
@@ -188,11 +188,15 @@ def _check_answers(name: str, objective: str, stage: Stage, classes: int, scored
         raise UserError(f"stage {name!r}: best_test is for stages on 'labelled' images")
 
 
-def _splits(parts: Config) -> Config:
-    """Arguments of data.split.split by name."""
-    for name, part in parts.items():
+def splits(config: Config) -> Config:
+    """Arguments of data.split.split by name; 0 takes a number away, and with all its numbers the split itself."""
+    found = {}
+    for name, part in (config.get("splits") or {}).items():
         _check(split, part, f"splits {name!r}", given=("source", "seed"))
-    return {name: dict(part) for name, part in parts.items()}
+        numbers = [part[key] for key in ("test", "folds") if key in part]
+        if not numbers or any(numbers):
+            found[name] = {key: value for key, value in part.items() if value}
+    return found
 
 
 def _like(stages: Config, name: str) -> Config:

@@ -71,7 +71,7 @@ def inspect(config: Config, splits: Splits, pretext: Source | None = None) -> Fi
         lines += _scores(train, splits.score)
     elif train.labels is None:
         warnings.append("there are neither labels nor scores: only pretext stages can be trained")
-    if config.get("splits") and (splits.test or splits.validation):
+    if build.splits(config) and (splits.test or splits.validation):
         warnings.append("the config names splits: validation and test images that the data bring along are not used")
     if pretext is not None:
         lines.append(f"pretext images of their own: {len(pretext)}")
@@ -98,7 +98,7 @@ def inspect(config: Config, splits: Splits, pretext: Source | None = None) -> Fi
 def parted(config: Config, splits: Splits) -> dict[str, Splits]:
     """The splits of a config by name, as its first seed draws them; the data's own, named "", where there are none."""
     ways = {}
-    for name, way in (config.get("splits") or {}).items():
+    for name, way in build.splits(config).items():
         try:
             ways[name] = part(splits, **way, seed=config["seeds"][0])
         except UserError as error:

@@ -13,7 +13,7 @@ import numpy as np
 from jaxsd import __version__, build, pictures, report, tuning
 from jaxsd.aggregate import aggregate
 from jaxsd.data.source import Source, Splits, describe
-from jaxsd.data.split import duplicates, part, shared_groups, unmeasurable
+from jaxsd.data.split import TEST_SHARE, duplicates, part, shared_groups, unmeasurable
 from jaxsd.errors import UserError
 from jaxsd.measure import measure
 from jaxsd.recipe import Experiment, Recipe
@@ -77,7 +77,7 @@ def run(
         experiment.look()
     summary = heading(config, recipe.baseline, next(iter(parted.values())), pretext, copies)
     summary["rows"] = aggregate(rows, baseline=recipe.baseline)
-    summary["notes"] += shared + guesses(parted) + report.gaps(summary["rows"])
+    summary["notes"] += shared + fold_notes(recipe) + guesses(parted) + report.gaps(summary["rows"])
     known = report.load(workdir) if not missing and (workdir / "summary.json").exists() else {"rows": None}
     names = known.get("pictures", [])
     if known["rows"] != report.plain(summary["rows"]) or not names or not all((workdir / n).exists() for n in names):
@@ -124,6 +124,29 @@ def shared_scenes(parted: Parted) -> list[str]:
             of = f"{count} of {len(splits.test or ())} test images show a scene that is also trained on"
             lines[name] = f"{name}: {of}, so its results are too good"
     return list(lines.values())
+
+
+def fold_notes(recipe: Recipe) -> list[str]:
+    """What is to be said of each k-fold split: how far its intervals can be trusted, and which folds were left out.
+
+    Values of folds depend on each other, and no estimate of their variance is unbiased: Bengio and Grandvalet (2004).
+    """
+    lines = []
+    for name, way in recipe.splits.items():
+        if not (folds := way.get("folds")):
+            continue
+        lines.append(
+            f"split {name}: its folds are not independent, since each one's test images train the other networks: "
+            "intervals tend to be too narrow, and differences separated too soon"
+        )
+        times = np.bincount([seed % folds for seed in recipe.seeds], minlength=folds)
+        if times.min() != times.max():
+            wanted = f"({','.join(map(str, range(folds)))})"
+            lines.append(
+                f"split {name}: not all of its {folds} folds were tested on equally often, which "
+                f"--config.seeds='{wanted}' would do"
+            )
+    return lines
 
 
 def guesses(parted: Parted) -> list[str]:
@@ -190,10 +213,7 @@ def protocol(config: Config, splits: Splits) -> str:
         + (splits.score or f"{len(splits.train.classes)} classes"),
         config["model"]["name"]
         + (f" begun with {init}" if (init := (config.get("init") or {}).get("weights")) else ""),
-        *(
-            f"{name}: {way.get('test', 0.2):.0%} held out by {WAYS[way.get('by', 'group')]}, drawn anew for each seed"
-            for name, way in (config.get("splits") or {}).items()
-        ),
+        *(f"{name}: {_way(way)}" for name, way in build.splits(config).items()),
         *(f"labels {name}: {_amount(part)}" for name, part in config["labels"].items()),
         *(f"{name} images: {_amount(part)}" for name, part in config["subsets"].items()),
         f"last epoch; seeds {seeds}"
@@ -201,6 +221,14 @@ def protocol(config: Config, splits: Splits) -> str:
         f"{jax.device_count()} x {jax.local_devices()[0].device_kind}",
     ]
     return "; ".join(parts)
+
+
+def _way(way: Config) -> str:
+    """What one entry of config.splits holds out, in words."""
+    by = WAYS[way.get("by", "group")]
+    if folds := way.get("folds"):
+        return f"{folds}-fold cross-validation by {by}, seed s tests on fold s mod {folds}"
+    return f"{way.get('test', TEST_SHARE):.0%} held out by {by}, drawn anew for each seed"
 
 
 def _amount(part: Config) -> str:

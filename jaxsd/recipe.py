@@ -35,7 +35,8 @@ class Recipe:
     inputs: name -> view of all images, training and test alike.
     subsets: name -> arguments of data.split.subset, for the stages that name it; labels: the same for the "labelled"
         images, each for a comparison of its own. Drawn anew for every seed.
-    splits: name -> arguments of data.split.split, drawn anew for every seed from all images; none: the data's own.
+    splits: name -> arguments of data.split.split, drawn anew for every seed from all images (with folds: another fold
+        for every seed); none: the data's own.
     probes: arm -> frozen stage (linear probes on every block) run after the arm's pretext part.
     evaluations: any of EVALUATIONS.
     """

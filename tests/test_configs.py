@@ -19,9 +19,10 @@ from jaxsd.train import loop
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 PRESETS = {
-    "scalenet": (None, "tiny", "folder", "photos", "cifar10", "cifar10_limited", "imagenet_subset"),
-    "rotnet": (None, "tiny", "folder", "cifar10"),
-    "patches": (None, "tiny", "live", "live_itw", "koniq", "indoor67", "folder", "scores", "rotation_then_patches"),
+    "scalenet": (None, "tiny", "folder", "tfds", "photos", "cifar10", "cifar10_limited", "imagenet_subset"),
+    "rotnet": (None, "tiny", "folder", "tfds", "cifar10"),
+    "patches": (None, "tiny", "live", "live_itw", "koniq", "indoor67", "folder", "tfds", "scores")
+    + ("rotation_then_patches",),
 }
 MADE = {}
 EACH = [(name, preset) for name, presets in PRESETS.items() for preset in presets]
@@ -35,6 +36,8 @@ def config_of(name, preset):
     config = plain(module.get_config(preset))
     if "path" in config["data"]:
         config["data"]["path"] = "/a/folder"
+    if preset == "tfds":
+        config["data"]["dataset"] = "cifar10"
     return config
 
 
@@ -107,7 +110,7 @@ def test_every_stage_of_a_preset_takes_a_step(name, preset, taken, shared, monke
     scored = any(stage.get("objective", {}).get("name") == "regression" for stage in config["stages"].values())
     source = Source(images, None if scored else labels, scores=labels * 10.0 if scored else None)
     source = dataclasses.replace(source, groups=tuple("abcdefghij"[label] for label in labels) if scored else ())
-    splits = Splits("noise", source, None, None if config.get("splits") else source.take(np.arange(10)))
+    splits = Splits("noise", source, None, None if build.splits(config) else source.take(np.arange(10)))
     recipe = build.recipe(config, splits.train.shape, 0 if scored else 10, scored=scored)
     experiment = Experiment(recipe, splits, tmp_path)
     for arm in recipe.arms:

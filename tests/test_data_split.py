@@ -144,6 +144,9 @@ def test_parts_of_a_set_are_those_of_its_split():
     assert parts.test.fingerprint() == LIVE.take(test).fingerprint()
 
 
+LONELY = Source(np.zeros((4, 2, 2, 1), np.uint8), np.array([0, 0, 1, 1]), groups=("a", "a", "b", "b"))
+
+
 def test_a_split_by_image_shows_test_scenes_in_training():
     train, test = sides(LIVE, by="image", seed=0)
     assert (len(train), len(test)) == (623, 156)
@@ -173,6 +176,7 @@ def test_a_split_depends_on_seed_and_names_only():
         (scenes((3, 3)), {"test": 0.2}, "0.2 of 2 scenes leaves no test images"),
         (scenes((3, 3)), {"test": 0.8}, "0.8 of 2 scenes leaves no training images"),
         (scenes((1,)), {"by": "image"}, "0.2 of 1 images leaves no test"),
+        (LONELY, {}, "leaves no test images: .*; a class keeps its only scene for training"),
         (scenes((3, 3)), {"test": 0.0}, "above 0 and below 1"),
         (scenes((3, 3)), {"by": "scene"}, "'group' or by 'image': got 'scene'"),
     ],
@@ -181,3 +185,109 @@ def test_impossible_splits_are_refused(source, how, said):
     with pytest.raises(UserError, match=said) as error:
         split(source, seed=0, **how)
     assert "\n" not in str(error.value)
+
+
+# k-fold cross-validation
+
+
+def every_fold(source, folds, **how):
+    """The test part of each fold; that each is disjoint from its training part is asserted."""
+    return [sides(source, folds=folds, seed=seed, **how)[1] for seed in range(folds)]
+
+
+@pytest.mark.parametrize("folds", [2, 3, 5])
+def test_folds_by_image_part_every_class(folds):
+    source = labelled((31, 20, 7))
+    parts = every_fold(source, folds, by="image")
+    assert np.array_equal(np.sort(np.concatenate(parts)), np.arange(58))  # disjoint, and together everything
+    for part_of in parts:
+        for count, held in zip((31, 20, 7), counted(source, part_of), strict=True):
+            assert held in (count // folds, -(-count // folds))
+    plain = every_fold(Source(source.images), folds, by="image")
+    assert np.array_equal(np.sort(np.concatenate(plain)), np.arange(58))
+    assert {len(part_of) for part_of in plain} <= {58 // folds, 58 // folds + 1}
+
+
+def test_seeds_beyond_the_folds_draw_anew():
+    for source, by in ((labelled((30, 20)), "image"), (LIVE, "group")):
+        first, again = ([split(source, folds=5, by=by, seed=seed)[1].tolist() for seed in seeds] for seeds in
+                        (range(5), range(5, 10)))  # fmt: skip
+        assert sorted(sum(again, [])) == list(range(len(source.images)))
+        assert all(one not in first for one in again)
+        assert split(source, folds=5, by=by, seed=7)[1].tolist() == again[2]
+
+
+def bursts(each, *, classes=4, scenes=6):
+    """Labelled frames in scenes of `each` images or so, one class in a scene, in mixed order."""
+    random = np.random.default_rng(3)
+    rows = [(f"{c}-{s}", c) for c in range(classes) for s in range(scenes) for _ in range(random.integers(*each))]
+    rows = [rows[i] for i in random.permutation(len(rows))]
+    images = np.arange(4 * len(rows), dtype=np.uint32).view(np.uint8).reshape(-1, 2, 2, 4)
+    return Source(images, np.array([c for _, c in rows]), groups=tuple(name for name, _ in rows))
+
+
+def test_folds_by_group_keep_scenes_whole_and_classes_even():
+    source = bursts((5, 6), scenes=6)
+    parts = every_fold(source, 3)
+    assert np.array_equal(np.sort(np.concatenate(parts)), np.arange(len(source)))
+    assert [counted(source, part_of) for part_of in parts] == [[10] * 4] * 3  # two scenes of five each
+    for part_of in parts:
+        rest = np.setdiff1d(np.arange(len(source)), part_of)
+        assert shared_groups(source.take(rest), source.take(part_of)) == 0
+    scored = every_fold(LIVE, 5)
+    assert np.array_equal(np.sort(np.concatenate(scored)), np.arange(779))
+    assert max(map(len, scored)) - min(map(len, scored)) <= 29  # as even as one scene
+    seen = [{LIVE.groups[i] for i in part_of} for part_of in scored]
+    assert sum(map(len, seen)) == len(set.union(*seen)) == 29
+
+
+@pytest.mark.parametrize(
+    ("source", "how", "said"),
+    [
+        (labelled((9, 3)), {"by": "image"}, "5 folds need 5 images of each class, and class 'class 1' has 3"),
+        (bursts((5, 6), scenes=4), {}, "5 folds need 5 scenes of each class, and class '0' has 4: ask for fewer"),
+        (scenes((3, 3, 3)), {}, "5 folds need 5 scenes of each class, and there are 3"),
+        (scenes((3, 3)), {"folds": 1}, "2 folds or more: got 1"),
+        (scenes((3, 3)), {"folds": 2, "test": 0.2}, "not both: got test 0.2, folds 2"),
+        (labelled((9, 9)), {"by": "group"}, "needs the images' groups"),
+    ],
+)
+def test_impossible_folds_are_refused(source, how, said):
+    with pytest.raises(UserError, match=said) as error:
+        split(source, **{"folds": 5, "seed": 0, **how})
+    assert "\n" not in str(error.value)
+
+
+# shares of whole scenes
+
+
+def test_a_share_of_scenes_keeps_every_class():
+    source = bursts((5, 6), scenes=5)
+    for seed in range(5):
+        train, test = sides(source, test=0.4, seed=seed)
+        assert counted(source, test) == [10] * 4 and shared_groups(source.take(train), source.take(test)) == 0
+    kept, carved = carve(source.labels, 0.2, seed=0, groups=source.groups)
+    assert counted(source, carved) == [5] * 4 and len(kept) == 80
+    assert not len(carve(source.labels, 0.0, seed=0, groups=source.groups)[1])
+    assert len({tuple(split(source, seed=seed)[1]) for seed in range(9)}) == 9
+
+
+def test_shares_of_mixed_scenes_are_as_even_as_scikit_learns():
+    """Patients with images of several classes, in all numbers: against the folds of StratifiedGroupKFold."""
+    from sklearn.model_selection import StratifiedGroupKFold
+
+    ours, theirs = [], []
+    for seed in range(10):
+        random = np.random.default_rng(seed)
+        sizes = random.integers(1, 12, 40)
+        groups = np.repeat(np.arange(40), sizes)
+        mixture = random.dirichlet((0.4,) * 3, 40)
+        labels = np.array([random.choice(3, p=mixture[group]) for group in groups])
+
+        def unevenness(held, labels=labels):
+            return np.abs(np.bincount(labels[held], minlength=3) / np.bincount(labels) - 0.2).max()
+
+        ours.append(unevenness(carve(labels, 0.2, seed=seed, groups=[f"{g:02}" for g in groups])[1]))
+        folds = StratifiedGroupKFold(5).split(labels, labels, groups)
+        theirs.append(np.mean([unevenness(held) for _, held in folds]))
+    assert np.mean(ours) < 1.2 * np.mean(theirs)  # one draw alone: 3.8 times theirs

@@ -18,6 +18,7 @@ FOLDERS = {
         "cache",
         "quality",
         "load",
+        "prepared",
         "scored",
         "published",
         "batches",

@@ -1,7 +1,8 @@
 """Image sets in memory: sources, splits, loaders. Index batches are in `jaxsd.data.batches` (which needs JAX)."""
 
 from jaxsd.data.embedded import digits, mnist5k, photos
-from jaxsd.data.load import arrays, folder, tfds
+from jaxsd.data.load import arrays, folder
+from jaxsd.data.prepared import tfds
 from jaxsd.data.published import indoor67, kadid, koniq, live, live_itw, tid2013
 from jaxsd.data.quality import photos_quality
 from jaxsd.data.scored import table

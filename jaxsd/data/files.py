@@ -1,6 +1,8 @@
 """Which image files a folder holds, in which split and class: by names only, nothing is opened."""
 
+import logging
 import os
+import re
 import unicodedata
 from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
@@ -26,18 +28,21 @@ class Entry(NamedTuple):
     name: str  # path relative to the folder, with "/" and in Unicode's composed form on every system
     path: str
     stamp: tuple[int, int, int]  # size and times of last change: another stamp means the file may have changed
+    group: str = ""  # the scene that it shows, where that is known
 
 
-def scan(root: Path, *, test: str | None = None) -> list[Entry]:
+def scan(root: Path, *, test: str | None = None, groups: str | None = None) -> list[Entry]:
     """The images of a folder: train, validation, test, each sorted by class and name.
 
     The folder holds one folder per class, or a level train / val / test above the class folders, or images only
     (then there are no classes). The level is taken as one where a folder `train` has nothing or a validation or
     test folder beside it, so that "train" may also be a class among others; other folders beside are passed over.
     test: the folder that is the test split. Class folders are searched to any depth; hidden files and files that are
-    no images are passed over.
-    Raises UserError where the layout is none of these, or where a split has a class that train lacks.
+    no images are passed over. groups: a regular expression for the scene in a name below the split's folder.
+    Raises UserError where the layout is none of these, where a split has a class that train lacks, or where `groups`
+    does not tell scenes apart.
     """
+    pattern = _pattern(groups) if groups else None
     if not root.exists():
         raise UserError(f"the image folder {root} does not exist: check the path")
     if not root.is_dir():
@@ -47,8 +52,11 @@ def scan(root: Path, *, test: str | None = None) -> list[Entry]:
         found = _split_entries(root, split, folder)
         if not found:
             raise UserError(f"no images were found in {folder}: it needs class folders with JPEG, PNG, ... files")
-        entries += found
+        level = "" if folder == root else unicodedata.normalize("NFC", folder.name) + "/"
+        entries += found if pattern is None else [_with_group(entry, pattern, level) for entry in found]
     _check_classes(root, entries)
+    if groups:
+        _check_groups(root, entries, groups)
     return entries
 
 
@@ -156,6 +164,41 @@ def _split_entries(root: Path, split: str, folder: Path) -> list[Entry]:
         )
     entries = entries or [_entry(root, split, None, path) for path in loose]
     return sorted(entries, key=lambda entry: (entry.category or "", entry.name))
+
+
+def _pattern(groups: str) -> re.Pattern[str]:
+    """The compiled expression for scenes; UserError where it is none, or marks no part as the scene."""
+    try:
+        pattern = re.compile(groups)
+    except re.error as error:
+        raise UserError(f"groups='{groups}' is no regular expression ({error}): mend it") from error
+    if not pattern.groups:
+        raise UserError(f"groups='{groups}' does not say which part is the scene: put it in brackets, (?P<group>...)")
+    return pattern
+
+
+def _with_group(entry: Entry, pattern: re.Pattern[str], level: str) -> Entry:
+    """An entry with the scene that the pattern finds in its name below the folder `level`; "" where it finds none."""
+    found = pattern.search(entry.name.removeprefix(level))
+    group = found["group" if "group" in pattern.groupindex else 1] if found else None
+    return entry._replace(group=group or "")
+
+
+def _check_groups(root: Path, entries: list[Entry], groups: str) -> None:
+    """Raises UserError where some file has no scene or all have one; warns where every file is a scene of its own."""
+    lost = [entry.name for entry in entries if not entry.group]
+    if lost:
+        which = f"{len(lost)} of {len(entries)}" if len(lost) < len(entries) else f"any of {len(entries)}"
+        shown = ", ".join(lost[:3]) + (" and more" if len(lost) > 3 else "")
+        raise UserError(f"groups='{groups}' finds no scene in the names of {which} files in {root}: {shown}; widen it")
+    scenes = {entry.group for entry in entries}
+    if len(scenes) == 1:
+        raise UserError(
+            f"groups='{groups}' finds one scene only in {root}, '{entries[0].group}': take more of the name"
+        )
+    if len(scenes) == len(entries):
+        text = "groups='%s' makes every file in %s a scene of its own, such as '%s': it keeps nothing together"
+        logging.getLogger(__name__).warning(text, groups, root, entries[0].group)
 
 
 def _check_classes(root: Path, entries: list[Entry]) -> None:

@@ -220,14 +220,14 @@ def _checked_scores(scores: np.ndarray, count: int) -> np.ndarray:
 
 
 def _classes_text(source: Source) -> str:
-    """How many images each class has, in a few words."""
+    """How many images each class has, in a few words; how many scenes there are, where they are known."""
+    scenes = f", {len(set(source.groups))} scenes such as '{source.groups[0]}'" if source.groups else ""
     if source.scores is not None:
-        scenes = f", {len(set(source.groups))} scenes" if source.groups else ""
         return f"scores from {source.scores.min():g} to {source.scores.max():g}{scenes}"
     if source.labels is None:
-        return "no labels"
+        return f"no labels{scenes}"
     counts = np.bincount(source.labels, minlength=len(source.classes))
     if len(counts) <= 12:
-        return ", ".join(f"{name} {count}" for name, count in zip(source.classes, counts, strict=True))
+        return ", ".join(f"{name} {count}" for name, count in zip(source.classes, counts, strict=True)) + scenes
     low, high = counts.min(), counts.max()
-    return f"{len(counts)} classes with {low if low == high else f'{low} to {high}'} images each"
+    return f"{len(counts)} classes with {low if low == high else f'{low} to {high}'} images each{scenes}"

@@ -1,6 +1,7 @@
 """Which images go where: training and test parts, limited training sets, leaks between splits."""
 
 import hashlib
+from collections.abc import Sequence
 from typing import Literal
 
 import numpy as np
@@ -8,16 +9,25 @@ import numpy as np
 from jaxsd.data.source import Source, Splits
 from jaxsd.errors import UserError
 
+TEST_SHARE = 0.2  # held out where nothing else is said
+DRAWS = 100  # of whole scenes, of which the most even one is taken
 
-def carve(labels_or_n: np.ndarray | int, share: float, *, seed: int) -> tuple[np.ndarray, np.ndarray]:
+
+def carve(
+    labels_or_n: np.ndarray | int, share: float, *, seed: int | Sequence[int], groups: Sequence[str] = ()
+) -> tuple[np.ndarray, np.ndarray]:
     """Parts a set in two at random: sorted positions (kept, carved), int64, together each position once.
 
     labels_or_n: labels [N], and every class is parted in proportion, at least one image on each side where it has
     two or more (a single image is kept); or only the number of images N, parted without regard to classes.
     share: part that is carved off, in [0, 1). Nothing is carved at 0.
+    groups: the scene of each image, [N] or empty: whole scenes are carved off, so that none is on both sides: with
+    labels as near to the share of every class as the scenes allow, else round((1 - share) * G) of G scenes are kept.
     """
     if not 0 <= share < 1:
         raise UserError(f"the share to carve off must be in [0, 1): got {share}")
+    if len(groups):
+        return _carve_scenes(labels_or_n, share, seed, groups)
     random = np.random.default_rng(seed)
     if isinstance(labels_or_n, int | np.integer):
         sizes, members = np.array([labels_or_n]), [np.arange(labels_or_n)]
@@ -31,42 +41,56 @@ def carve(labels_or_n: np.ndarray | int, share: float, *, seed: int) -> tuple[np
 
 
 def split(
-    source: Source, *, test: float = 0.2, by: Literal["group", "image"] = "group", seed: int
+    source: Source,
+    *,
+    test: float | None = None,
+    folds: int | None = None,
+    by: Literal["group", "image"] = "group",
+    seed: int,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Parts the images of a source at random: sorted positions (train, test), int64, together each image once.
 
-    by: "group" holds out whole scenes (`Source.groups`), so that no scene is on both sides: of G scenes
-    round((1 - test) * G) train. "image" holds out a share of the images, of each class where there are labels, whatever
-    they show. test: the share held out, in (0, 1).
-    Raises UserError where there are no two scenes, or where nothing would be left on a side.
+    by: "group" holds out whole scenes (`Source.groups`), so that no scene is on both sides. "image" holds out images,
+    whatever they show. Both keep the shares of the classes where there are labels.
+    test: the share held out, in (0, 1), as in `carve`; 0.2 where folds are not given either.
+    folds: k-fold cross-validation in place of a share. The images are cut into k parts, each of which has every class
+    in proportion, as far as scenes allow; seed s tests on part s mod k and trains on the others. Seeds 0 to k-1 test
+    on every image once; seeds k to 2k-1 do so again with parts drawn anew, and so on.
+    Raises UserError where there are no two scenes, where nothing would be left on a side, or where a class has fewer
+    images (scenes, by "group") than there are folds.
     """
-    if not 0 < test < 1:
-        raise UserError(f"the share of test images must be above 0 and below 1: got {test}")
-    if by == "image":
-        train, held = carve(len(source.images) if source.labels is None else source.labels, test, seed=seed)
-        what = f"{len(source.images)} images"
-    elif by == "group":
-        names = sorted(set(source.groups))
-        if not names:
-            raise UserError("a split by group needs the images' groups (a table's column group), and there are none")
-        if len(names) < 2:
-            raise UserError("a split by group needs images of two scenes or more: got 1; split by image")
-        order = np.random.default_rng(seed).permutation(len(names))
-        chosen = {names[index] for index in order[: round((1 - test) * len(names))]}
-        trains = np.array([group in chosen for group in source.groups])
-        train, held = np.flatnonzero(trains).astype(np.int64), np.flatnonzero(~trains).astype(np.int64)
-        what = f"{len(names)} scenes"
-    else:
+    if by not in ("group", "image"):
         raise UserError(f"a split is by 'group' or by 'image': got {by!r}")
+    groups = _scenes(source) if by == "group" else ()
+    what = f"{len(set(groups))} scenes" if groups else f"{len(source.images)} images"
+    if folds is not None:
+        if test is not None:
+            both = f"got test {test:g}, folds {folds}; in a config 0 takes one away"
+            raise UserError(f"a split has a share of test images or folds, not both: {both}")
+        held = _fold(source, folds, groups, seed)
+        return np.setdiff1d(np.arange(len(source.images), dtype=np.int64), held), held
+    share = TEST_SHARE if test is None else test
+    if not 0 < share < 1:
+        raise UserError(f"the share of test images must be above 0 and below 1: got {share}")
+    of = len(source.images) if source.labels is None else source.labels
+    train, held = carve(of, share, seed=seed, groups=groups)
     if not len(train) or not len(held):
         side = "test" if len(train) else "training"
-        raise UserError(f"a test share of {test:g} of {what} leaves no {side} images: take another share")
+        alone = "; a class keeps its only scene for training" if groups and source.labels is not None else ""
+        raise UserError(f"a test share of {share:g} of {what} leaves no {side} images: take another share{alone}")
     return train, held
 
 
-def part(splits: Splits, *, test: float = 0.2, by: Literal["group", "image"] = "group", seed: int) -> Splits:
+def part(
+    splits: Splits,
+    *,
+    test: float | None = None,
+    folds: int | None = None,
+    by: Literal["group", "image"] = "group",
+    seed: int,
+) -> Splits:
     """A data set with its training images parted anew by `split`; other images of its own are left out."""
-    train, held = split(splits.train, test=test, by=by, seed=seed)
+    train, held = split(splits.train, test=test, folds=folds, by=by, seed=seed)
     return splits._replace(train=splits.train.take(train), validation=None, test=splits.train.take(held))
 
 
@@ -147,6 +171,68 @@ def copies(source: Source, *, of: Source | None = None) -> np.ndarray:
         elif of is None:
             known.add(row)
     return np.array(found, np.int64)
+
+
+def _scenes(source: Source) -> tuple[str, ...]:
+    """The scene of each image, of which there are two or more."""
+    if not source.groups:
+        raise UserError(
+            "a split by group needs the images' groups (a table's column group, a folder's data.groups), and there are "
+            "none"
+        )
+    if len(set(source.groups)) < 2:
+        raise UserError("a split by group needs images of two scenes or more: got 1; split by image")
+    return source.groups
+
+
+def _carve_scenes(
+    labels_or_n: np.ndarray | int, share: float, seed: int | Sequence[int], groups: Sequence[str]
+) -> tuple[np.ndarray, np.ndarray]:
+    """`carve` with whole scenes.
+
+    With labels, scenes are drawn by their commonest class, several times; the draw is taken whose shares of the
+    classes' images are nearest to the one asked for, by the sum of squares: scenes may be of different sizes and show
+    more than one class.
+    """
+    names, scene = np.unique(np.asarray(groups), return_inverse=True)
+    if isinstance(labels_or_n, int | np.integer):
+        order = np.random.default_rng(seed).permutation(len(names))
+        drawn = [order[round((1 - share) * len(names)) :]]
+        shares = np.ones((len(names), 1))
+    else:
+        counts = np.zeros((len(names), 1 + max(labels_or_n)))  # images of each scene and class
+        np.add.at(counts, (scene, labels_or_n), 1)
+        shares = counts / np.maximum(counts.sum(axis=0), 1)
+        start = (seed,) if isinstance(seed, int | np.integer) else seed
+        drawn = [carve(counts.argmax(axis=1), share, seed=(*start, draw))[1] for draw in range(DRAWS)]
+    held = min(drawn, key=lambda chosen: float(((shares[chosen].sum(axis=0) - share) ** 2).sum()))
+    carved = np.isin(scene, held)
+    return np.flatnonzero(~carved).astype(np.int64), np.flatnonzero(carved).astype(np.int64)
+
+
+def _fold(source: Source, folds: int, groups: Sequence[str], seed: int) -> np.ndarray:
+    """Sorted positions, int64, of fold seed mod folds of the cut number seed // folds."""
+    from sklearn.model_selection import StratifiedGroupKFold, StratifiedKFold  # takes a second to load
+
+    if not isinstance(folds, int) or folds < 2:
+        raise UserError(f"k-fold splits need a whole number of 2 folds or more: got {folds}")
+    labels = np.zeros(len(source.images), np.int64) if source.labels is None else source.labels
+    names, unit = np.unique(np.asarray(groups), return_inverse=True) if groups else ((), np.arange(len(labels)))
+    units = np.array([len(np.unique(unit[labels == label])) for label in np.unique(labels)])
+    if units.min() < folds:
+        label = np.unique(labels)[units.argmin()]
+        which = "there are" if source.labels is None else f"class '{source.classes[label]}' has"
+        what = "scenes" if groups else "images"
+        raise UserError(
+            f"{folds} folds need {folds} {what} of each class, and {which} {units.min()}: ask for fewer folds"
+        )
+    cut, number = divmod(seed, folds)
+    if groups:  # in another order each time: which of equal scenes come together is by chance
+        unit = np.random.default_rng(cut).permutation(len(names))[unit]
+        parts = StratifiedGroupKFold(folds).split(labels, labels, unit)
+    else:
+        parts = StratifiedKFold(folds, shuffle=True, random_state=cut).split(labels, labels)
+    return np.sort(list(parts)[number][1]).astype(np.int64)
 
 
 def _members(labels: np.ndarray) -> list[np.ndarray]:
