@@ -137,7 +137,7 @@ def test_dropout_is_a_matter_of_training():
     without = np.asarray(forward(still, params, collections, images, train=True).features["pooled"])
     assert np.any((first == 0) != (other == 0))
     kept = first != 0
-    np.testing.assert_allclose(first[kept], 2 * without[kept], rtol=1e-5)  # scaled, so that the mean stays
+    np.testing.assert_allclose(first[kept], 2 * without[kept], rtol=1e-5, atol=1e-6)  # scaled, so that the mean stays
     assert 0.4 < kept[without > 0].mean() < 0.6
     frozen = model.clone(frozen=("fc1",))
     off = forward(frozen, params, collections, images, train=True).features["pooled"]  # needs no key
