@@ -7,8 +7,10 @@ from pathlib import Path
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # The tests compile a thousand programs and run each a few times: code that is made quickly, here and in their children.
-QUICK = "--xla_backend_optimization_level=0 --xla_cpu_opt_preset=FAST_COMPILE --xla_cpu_use_fusion_emitters=false"
-os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {QUICK}"
+os.environ["XLA_FLAGS"] = (
+    os.environ.get("XLA_FLAGS", "")
+    + " --xla_backend_optimization_level=0 --xla_cpu_opt_preset=FAST_COMPILE --xla_cpu_use_fusion_emitters=false"
+)
 
 import jax
 import pytest
