@@ -1,9 +1,10 @@
 """What the network families share: their common fields, a convolution with its norm, a dense layer, initialisers."""
 
+import functools
 import itertools
 import math
-from collections.abc import Callable
-from typing import Any, Literal
+from collections.abc import Callable, Sequence
+from typing import Any, ClassVar, Literal
 
 import flax.linen as nn
 import jax
@@ -18,6 +19,7 @@ Start = Callable[..., jax.Array]  # (key, shape, dtype) -> the first value of a 
 Part = Literal["all", "trunk", "rest"]  # what of a network a call runs
 
 
+@functools.cache  # so that layers with the same start are equal
 def normal(deviation: float) -> Start:
     """A normal draw of mean 0. Drawn as a vector: the same numbers as drawn by shape, compiled several times faster."""
 
@@ -27,6 +29,7 @@ def normal(deviation: float) -> Start:
     return start
 
 
+@functools.cache
 def uniform(limit: float) -> Start:
     """A uniform draw in +- limit, as a vector like `normal`'s."""
 
@@ -140,6 +143,8 @@ class Backbone(nn.Module):
     front of the head while training. Raises UserError on a frozen name that does not exist.
     """
 
+    before: ClassVar[tuple[str, ...]] = ()  # the names of the submodules in front of the blocks
+
     outputs: int = 1000
     frozen: tuple[str, ...] = ()
     dtype: Any = jnp.float32
@@ -158,9 +163,14 @@ class Backbone(nn.Module):
         raise NotImplementedError
 
     @property
+    def behind(self) -> tuple[str, ...]:
+        """The names of the submodules between the blocks and the head."""
+        return ()
+
+    @property
     def parts(self) -> tuple[str, ...]:
         """The names of all top-level submodules, input first: what can be frozen or carried by name."""
-        return (*self.blocks, *(("head",) if self.outputs else ()))
+        return (*self.before, *self.blocks, *self.behind, *(("head",) if self.outputs else ()))
 
     @property
     def prefix(self) -> tuple[str, ...]:
@@ -245,6 +255,40 @@ class Sequential(Backbone):
         if cut == len(self.body) and part != "rest":
             x = jax.lax.optimization_barrier(pooled(x))
         return (x, {}) if part == "trunk" else self.ending(features, x, train)
+
+
+class Staged(Sequential):
+    """A stem, then one block of repeated units for each entry of `depths`: how many it has of them.
+
+    `depths` is a field of the family, or a property.
+    """
+
+    before: ClassVar[tuple[str, ...]] = ("stem",)
+
+    @property
+    def depths(self) -> tuple[int, ...]:
+        """The number of units of each block."""
+        raise NotImplementedError
+
+    @property
+    def blocks(self) -> tuple[str, ...]:
+        """("block1", ..): the stages, without the stem."""
+        return numbered("block", len(self.depths))
+
+
+def numbered(name: str, count: int) -> tuple[str, ...]:
+    """("block1", "block2", ..) of "block"."""
+    return tuple(f"{name}{i + 1}" for i in range(count))
+
+
+def growing(last: float, depths: Sequence[int], *, steps: int | None = None) -> list[tuple[float, ...]]:
+    """Rates that grow linearly over the units of all blocks, from 0 in the first: a tuple for each of `depths`.
+
+    The last unit has the rate `last`, or with `steps` unit k (from 0) has k / steps of it.
+    """
+    steps = steps or max(sum(depths) - 1, 1)
+    ends = itertools.accumulate(depths)
+    return [tuple(last * k / steps for k in range(end - depth, end)) for depth, end in zip(depths, ends, strict=True)]
 
 
 def pooled(x: jax.Array) -> jax.Array:

@@ -81,14 +81,31 @@ def shapes(model: nn.Module, resolution: int, channels: int = 3) -> dict[str, An
 
 @functools.lru_cache(maxsize=256)
 def _traced(model: nn.Module, resolution: int, channels: int) -> tuple[dict[str, Any], int]:
-    """The variables' shapes and the floating-point operations of one image."""
-    flops = 0
+    """The variables' shapes and the floating-point operations of one image.
+
+    Layers with equal fields and inputs of equal shapes are traced once: networks are made of few different ones.
+    """
+    flops, known = 0, {}
 
     def count(layer, args, kwargs, context):
         nonlocal flops
-        y = layer(*args, **kwargs)
-        if context.method_name == "__call__" and isinstance(context.module, Conv | Linear):
-            flops += 2 * y.size // y.shape[-1] * context.module.get_variable("params", "kernel").size
+        module = context.module
+        if context.method_name != "__call__" or not module.path:
+            return layer(*args, **kwargs)
+        inputs, form = jax.tree.flatten((args, kwargs))
+        sizes = (jax.typeof(x) if hasattr(x, "shape") else x for x in inputs)
+        key = (module.clone(parent=None, name=None), form, *sizes)
+        if key not in known:
+            before, y = flops, layer(*args, **kwargs)
+            if isinstance(module, Conv | Linear):
+                flops += 2 * y.size // y.shape[-1] * module.get_variable("params", "kernel").size
+            known[key] = y, module.variables, flops - before
+            return y
+        y, variables, cost = known[key]
+        for collection, tree in variables.items():
+            for name, value in tree.items():
+                module.put_variable(collection, name, value)
+        flops += cost
         return y
 
     images = jax.ShapeDtypeStruct((1, resolution, resolution, channels), jnp.float32)

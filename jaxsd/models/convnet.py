@@ -11,7 +11,7 @@ import flax.linen as nn
 import jax
 
 from jaxsd.errors import UserError
-from jaxsd.models.blocks import ConvNorm, Linear, Sequential, Start, grown, uniform, uniform_fan_in
+from jaxsd.models.blocks import ConvNorm, Linear, Sequential, Start, grown, numbered, uniform, uniform_fan_in
 from jaxsd.models.conv import Conv
 from jaxsd.models.norm import BatchNorm
 from jaxsd.models.pool import adaptive_average_pool, adaptive_max_pool, average_pool, max_pool
@@ -48,7 +48,7 @@ class NIN(Sequential):
     @property
     def blocks(self) -> tuple[str, ...]:
         """("block1", .., up to the depth)."""
-        return tuple(f"block{i + 1}" for i in range(self.depth))
+        return numbered("block", self.depth)
 
     def run(self, name: str, x: jax.Array, train: bool, features: dict[str, jax.Array]) -> jax.Array:
         """One block."""
@@ -123,12 +123,12 @@ class Tower(Sequential):
     @property
     def blocks(self) -> tuple[str, ...]:
         """("block1", .., "block5"): the convolutions."""
-        return tuple(f"block{i + 1}" for i in range(5))
+        return numbered("block", 5)
 
     @property
-    def parts(self) -> tuple[str, ...]:
-        """("block1", .., "block5", "fc1", "fc2", "head")."""
-        return (*self.blocks, "fc1", "fc2", *super().parts[5:])
+    def behind(self) -> tuple[str, ...]:
+        """("fc1", "fc2"): the dense layers in front of the head."""
+        return numbered("fc", 2)
 
     def plan(self, name: str) -> tuple[int, int, int, int]:
         """Width, kernel size, stride and padding of a block's convolution."""

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import flax.linen as nn
 import jax
 
-from jaxsd.models.blocks import ConvNorm, DropPath, Linear, Sequential, he_fan_out, normal, uniform
+from jaxsd.models.blocks import ConvNorm, DropPath, Linear, Staged, growing, he_fan_out, normal, uniform
 from jaxsd.models.conv import Conv, Padding
 
 
@@ -27,7 +27,7 @@ class Plan(NamedTuple):
     repeats: int
 
 
-STEM, TOP = 32, 1280  # channels
+FIRST_WIDTH, LAST_WIDTH = 32, 1280  # channels of the stem and of the last convolution, unscaled
 STAGES = (
     Plan(3, 1, 1, 16, 1),
     Plan(3, 2, 6, 24, 2),
@@ -123,7 +123,7 @@ class Stage(nn.Module):
         return x
 
 
-class EfficientNet(Sequential):
+class EfficientNet(Staged):
     """A 3x3 stem of stride 2, seven stages, a 1x1 convolution ("top"), global average, head.
 
     `width` multiplies all channels, which are rounded to multiples of 8, `depth` the stages' numbers of units, which
@@ -136,14 +136,14 @@ class EfficientNet(Sequential):
     tf: bool = False
 
     @property
-    def blocks(self) -> tuple[str, ...]:
-        """("block1", .., "block7"): the stages."""
-        return tuple(f"block{i + 1}" for i in range(len(STAGES)))
+    def depths(self) -> tuple[int, ...]:
+        """The number of units of each of the seven stages."""
+        return tuple(math.ceil(plan.repeats * self.depth) for plan in STAGES)
 
     @property
-    def parts(self) -> tuple[str, ...]:
-        """("stem", "block1", .., "block7", "top", "head")."""
-        return ("stem", *self.blocks, "top", *super().parts[len(STAGES) :])
+    def behind(self) -> tuple[str, ...]:
+        """("top",)."""
+        return ("top",)
 
     def published(self, name: str) -> str:
         """As timm names it: "blocks.1.0.conv_dw" for "block2/unit1/depthwise/conv"."""
@@ -169,13 +169,11 @@ class EfficientNet(Sequential):
         """The stem, one stage, or the last convolution."""
         layer = conv_norm(self.tf)
         if name == "stem":
-            return layer(scaled(STEM, self.width), 3, 2, padding(x, 3, 2, self.tf), name=name)(x, train)
+            return layer(scaled(FIRST_WIDTH, self.width), 3, 2, padding(x, 3, 2, self.tf), name=name)(x, train)
         if name == "top":
-            return layer(scaled(TOP, self.width), 1, name=name)(x, train)
-        depths = [math.ceil(plan.repeats * self.depth) for plan in STAGES]
+            return layer(scaled(LAST_WIDTH, self.width), 1, name=name)(x, train)
         i = self.blocks.index(name)
-        before, total = sum(depths[:i]), sum(depths)
-        rates = tuple(self.drop_path * (before + k) / total for k in range(depths[i]))
+        rates = growing(self.drop_path, self.depths, steps=sum(self.depths))[i]
         channels = scaled(STAGES[i].channels, self.width)
         stage = Stage(STAGES[i], channels, rates, self.tf, self.unit(MBConv), name=name)
         return self.shown(features, name, stage(x, train))

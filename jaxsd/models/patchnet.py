@@ -11,7 +11,7 @@ import flax.linen as nn
 import jax
 
 from jaxsd.errors import UserError
-from jaxsd.models.blocks import ConvNorm, Linear, Sequential, glorot, grown
+from jaxsd.models.blocks import ConvNorm, Linear, Sequential, glorot, grown, numbered
 from jaxsd.models.pool import adaptive_max_pool, max_pool
 
 SIDE = 4  # of the last map
@@ -66,13 +66,12 @@ class PatchNet(Sequential):
     @property
     def blocks(self) -> tuple[str, ...]:
         """("block1", ..): the first block and one for each width."""
-        return tuple(f"block{i + 1}" for i in range(1 + len(self.widths)))
+        return numbered("block", 1 + len(self.widths))
 
     @property
-    def parts(self) -> tuple[str, ...]:
-        """("block1", .., "fc1", .., "head")."""
-        dense = (f"fc{i + 1}" for i in range(len(self.hidden)))
-        return (*self.blocks, *dense, *super().parts[len(self.blocks) :])
+    def behind(self) -> tuple[str, ...]:
+        """("fc1", ..): the dense layers in front of the head."""
+        return numbered("fc", len(self.hidden))
 
     def run(self, name: str, x: jax.Array, train: bool, features: dict[str, jax.Array]) -> jax.Array:
         """One block (the last one: flattened), or one dense layer."""

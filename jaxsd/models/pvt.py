@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxsd.errors import UserError
-from jaxsd.models.blocks import DropPath, Linear, Sequential, gelu, he_fan_out, normal
+from jaxsd.models.blocks import DropPath, Linear, Staged, gelu, growing, he_fan_out, normal
 from jaxsd.models.conv import Conv
 from jaxsd.models.norm import LayerNorm
 from jaxsd.models.pool import adaptive_average_pool
@@ -133,7 +133,7 @@ class Stage(nn.Module):
         return LayerNorm(name="norm")(x)
 
 
-class PVT(Sequential):
+class PVT(Staged):
     """A stem (7x7 patches every 4 pixels), one block per entry of `depths` (units), global average, head.
 
     Each block but the first halves the map; `widths` are the channels, which `heads` divide, `ratios` the MLPs' factors
@@ -149,16 +149,6 @@ class PVT(Sequential):
     reductions: tuple[int, ...] = (8, 4, 2, 1)
     linear: bool = False
     drop_path: float = 0.0
-
-    @property
-    def blocks(self) -> tuple[str, ...]:
-        """("block1", .., "block4"): the stages, the first without its patch embedding, which is the stem."""
-        return tuple(f"block{i + 1}" for i in range(len(self.depths)))
-
-    @property
-    def parts(self) -> tuple[str, ...]:
-        """("stem", "block1", .., "head")."""
-        return ("stem", *super().parts)
 
     def published(self, name: str) -> str:
         """As timm names it: "stages.0.blocks.1.attn.kv" for "block1/unit2/attention/keyvalue"."""
@@ -186,8 +176,7 @@ class PVT(Sequential):
                 raise UserError(f"PVT needs images of {LEAST} pixels or more, got {x.shape[1]}x{x.shape[2]}")
             return PatchEmbedding(self.widths[0], 7, 4, name=name)(x)
         i = self.blocks.index(name)
-        before, last = sum(self.depths[:i]), max(1, sum(self.depths) - 1)
-        rates = tuple(self.drop_path * (before + k) / last for k in range(self.depths[i]))
+        rates = growing(self.drop_path, self.depths)[i]
         sizes = (self.widths[i], self.heads[i], self.ratios[i], self.reductions[i], self.linear)
         stage = Stage(*sizes, rates, halve=i > 0, unit=self.unit(Unit), name=name)
         return self.shown(features, name, stage(x, train))

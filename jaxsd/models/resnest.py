@@ -11,7 +11,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from jaxsd.models.blocks import ConvNorm, DropPath, Sequential, he_fan_out, uniform
+from jaxsd.models.blocks import ConvNorm, DropPath, Staged, growing, he_fan_out, uniform
 from jaxsd.models.conv import Conv
 from jaxsd.models.pool import average_pool, max_pool
 
@@ -105,7 +105,7 @@ class Stage(nn.Module):
         return x
 
 
-class ResNeSt(Sequential):
+class ResNeSt(Staged):
     """Stem, one block per entry of `depths` (residual units) and `widths` (a quarter of the channels), average, head.
 
     `zero_init_residual` starts the last norm of each unit at scale zero, as timm does. `drop_path` is the rate of
@@ -117,16 +117,6 @@ class ResNeSt(Sequential):
     stem_width: int = 32
     zero_init_residual: bool = True
     drop_path: float = 0.0
-
-    @property
-    def blocks(self) -> tuple[str, ...]:
-        """("block1", ..): the stages, without the stem."""
-        return tuple(f"block{i + 1}" for i in range(len(self.depths)))
-
-    @property
-    def parts(self) -> tuple[str, ...]:
-        """("stem", "block1", .., "head")."""
-        return ("stem", *super().parts)
 
     def published(self, name: str) -> str:
         """As timm names it: "layer1.0.conv2.fc1" for "block1/unit1/layer2/squeeze/conv"."""
@@ -163,9 +153,7 @@ class ResNeSt(Sequential):
         if name == "stem":
             return Stem(self.stem_width, name=name)(x, train)
         i = self.blocks.index(name)
-        before, last = sum(self.depths[:i]), max(sum(self.depths) - 1, 1)
-        rates = tuple(self.drop_path * unit / last for unit in range(before, before + self.depths[i]))
-        stride = 2 if i else 1
+        stride, rates = 2 if i else 1, growing(self.drop_path, self.depths)[i]
         stage = Stage(self.widths[i], stride, self.zero_init_residual, rates, self.unit(Unit), name=name)
         return self.shown(features, name, stage(x, train))
 

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxsd.errors import UserError
-from jaxsd.models.blocks import Sequential, grown
+from jaxsd.models.blocks import Staged, grown
 from jaxsd.models.pool import blur_pool, global_average_pool, global_concat_pool, global_dual_pool, max_pool
 from jaxsd.models.residual import Branch, Lam, Stage, Unit, strided
 
@@ -37,7 +37,7 @@ SELECTIVE = {  # timm's names within a layer of its selective networks
 }
 
 
-class ResNet(Sequential):
+class ResNet(Staged):
     """Stem, one block per entry of `depths` (residual units) and `widths` (channels), global `pool`, head.
 
     The "cifar" stem is a 3x3 convolution of stride 1, the "imagenet" stem a 7x7 of stride 2 and a 3x3 max pool of
@@ -78,16 +78,6 @@ class ResNet(Sequential):
         if self.depthwise and not self.bottleneck:
             raise UserError("depthwise is for bottlenecks: choose resnet50 or larger, or a ResNeXt")
         super().__post_init__()
-
-    @property
-    def blocks(self) -> tuple[str, ...]:
-        """("block1", ..): the stages, without the stem."""
-        return tuple(f"block{i + 1}" for i in range(len(self.depths)))
-
-    @property
-    def parts(self) -> tuple[str, ...]:
-        """("stem", "block1", .., "head")."""
-        return ("stem", *super().parts)
 
     def published(self, name: str) -> str:
         """As timm and torchvision name it: "layer1.0.conv2" for "block1/unit1/layer2/conv"."""

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxsd.errors import UserError
-from jaxsd.models.blocks import ConvNorm, Linear, Sequential, Start, he_fan_out, normal, uniform
+from jaxsd.models.blocks import ConvNorm, Linear, Sequential, Start, he_fan_out, normal, numbered, uniform
 from jaxsd.models.convnet import ConvRelu, MapLinear
 from jaxsd.models.pool import adaptive_average_pool, max_pool
 
@@ -74,24 +74,19 @@ class VGG(Sequential):
     @property
     def blocks(self) -> tuple[str, ...]:
         """("block1", ..): the convolutions between two pools."""
-        return tuple(f"block{i + 1}" for i in range(len(self.depths)))
+        return numbered("block", len(self.depths))
 
     @property
-    def dense(self) -> tuple[str, ...]:
+    def behind(self) -> tuple[str, ...]:
         """("fc1", ..): the dense layers in front of the head."""
-        return tuple(f"fc{i + 1}" for i in range(len(self.hidden)))
-
-    @property
-    def parts(self) -> tuple[str, ...]:
-        """("block1", .., "fc1", .., "head")."""
-        return (*self.blocks, *self.dense, *super().parts[len(self.depths) :])
+        return numbered("fc", len(self.hidden))
 
     def published(self, name: str) -> str:
         """As timm names it: "features.2" for "block1/layer2/conv", "features.3" for "block1", the ReLU after it."""
         part, *inner = name.split("/")
         if part == "head":
             return "head.fc"
-        if part in self.dense:
+        if part in self.behind:
             return f"pre_logits.{part}"
         modules = 3 if self.norm else 2  # convolution, norm, ReLU
         i = self.blocks.index(part)
@@ -104,8 +99,8 @@ class VGG(Sequential):
     def run(self, name: str, x: jax.Array, train: bool, features: dict[str, jax.Array]) -> jax.Array:
         """One block with the pool behind it (the last: both pools), or one dense layer."""
         conv_start, dense_start = STARTS[self.start]
-        if name in self.dense:
-            i = self.dense.index(name)
+        if name in self.behind:
+            i = self.behind.index(name)
             if i:
                 x = nn.Dropout(self.head_dropout, deterministic=not train, name=f"{name}_dropout")(x)
             return nn.relu(MapLinear(self.hidden[i], kernel_init=dense_start, bias_init=ZEROS, name=name)(x))

@@ -7,7 +7,7 @@ positions are drawn from N(0, 0.02): DeiT truncates at +-2, a hundred deviations
 import functools
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import flax.linen as nn
 import jax
@@ -17,7 +17,7 @@ from flax import struct, traverse_util
 from jax import lax
 
 from jaxsd.errors import UserError
-from jaxsd.models.blocks import DropPath, Linear, Sequential, gelu, normal, uniform, uniform_fan_in
+from jaxsd.models.blocks import DropPath, Linear, Sequential, gelu, growing, normal, numbered, uniform, uniform_fan_in
 from jaxsd.models.conv import Conv
 from jaxsd.models.norm import LayerNorm
 
@@ -192,6 +192,8 @@ class TokenBackbone(Sequential):
     pixels, which the position table is made for; it is resized for all others.
     """
 
+    before: ClassVar[tuple[str, ...]] = ("embed",)
+
     width: int = 192
     depth: int = 12
     heads: int = 3
@@ -204,12 +206,12 @@ class TokenBackbone(Sequential):
     @property
     def blocks(self) -> tuple[str, ...]:
         """("block1", ..): the layers."""
-        return tuple(f"block{i + 1}" for i in range(self.depth))
+        return numbered("block", self.depth)
 
     @property
-    def parts(self) -> tuple[str, ...]:
-        """("embed", "block1", .., "norm", "head")."""
-        return ("embed", *self.blocks, "norm", *super().parts[self.depth :])
+    def behind(self) -> tuple[str, ...]:
+        """("norm",): that of the class token."""
+        return ("norm",)
 
     def published(self, name: str) -> str:
         """As timm names it: "blocks.0.attn.qkv" for "block1/attn/qkv"."""
@@ -228,7 +230,7 @@ class TokenBackbone(Sequential):
             return self.embedding()(x, train)
         if name == "norm":
             return LayerNorm(self.epsilon, name=name)(x.values[:, 0].astype(jnp.float32))
-        rate = self.drop_path * self.blocks.index(name) / max(self.depth - 1, 1)
+        rate = growing(self.drop_path, (self.depth,))[0][self.blocks.index(name)]
         layer = self.unit(Block)(self.heads, self.mlp_ratio, self.qkv_bias, self.epsilon, rate, name=name)
         values = layer(x.values, train)
         batch, count, width = values.shape
