@@ -1,7 +1,5 @@
 """From a config to a recipe: the only file that sees a config, and the only one with tables of names."""
 
-import difflib
-import inspect
 import json
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -12,6 +10,7 @@ from jaxsd.data.split import split, subset
 from jaxsd.errors import UserError
 from jaxsd.evaluate import answers
 from jaxsd.models.probe import LinearProbe
+from jaxsd.named import arguments, call, check, check_call, check_keys, check_known, pick
 from jaxsd.objectives.regression import regression
 from jaxsd.objectives.rotation import TURNS, rotation
 from jaxsd.objectives.supervised import supervised
@@ -57,7 +56,7 @@ OBJECTIVES = {
 OPTIMISERS = {"sgd": optimiser.sgd, "adam": optimiser.adam, "adamw": optimiser.adamw, "lars": optimiser.lars}
 SCHEDULES = {"constant": schedule.constant, "steps": schedule.steps, "cosine": schedule.cosine}
 
-AMOUNTS = ("labels", "subsets")
+ANY_SIDE = 1 << 16  # pixels: where the images are not known yet, networks are made for some larger than any
 STAGE_KEYS = (
     "objective", "optimiser", "schedule", "epochs", "batch_size", "on", "view", "augment", "epoch_images", "drop_last",
     "match", "fresh", "freeze", "model", "trunk", "average", "best_test", "start",
@@ -74,7 +73,7 @@ Config = Mapping[str, Any]
 
 def load(config: Config) -> Splits:
     """Reads the data that a config names."""
-    return _call(DATA, config["data"], "data")
+    return call(DATA, config["data"], "data")
 
 
 def load_pretext(config: Config, splits: Splits) -> Source | None:
@@ -82,7 +81,7 @@ def load_pretext(config: Config, splits: Splits) -> Source | None:
     spec = config["pretext_data"]
     if not _has_pretext(spec):
         return None
-    source = _call(DATA, {**spec, "test": 0.0} if spec["name"] in ("folder", "tfds") else spec, "pretext_data").train
+    source = call(DATA, {**spec, "test": 0.0} if spec["name"] in ("folder", "tfds") else spec, "pretext_data").train
     if source.shape != splits.train.shape:
         raise UserError(
             f"pretext_data: images of {source.shape}, but data has {splits.train.shape}: give both one size"
@@ -95,11 +94,16 @@ def _has_pretext(spec: Config | None) -> bool:
 
 
 def recipe(
-    config: Config, shape: tuple[int, int, int] = (32, 32, 3), classes: int = 10, *, scored: bool | None = None
+    config: Config,
+    shape: tuple[int, int, int] | None = None,
+    classes: int = 10,
+    *,
+    scored: bool | None = None,
 ) -> Recipe:
     """The recipe that a config (as a plain dict) describes, for images of a shape [H, W, C] and so many classes.
 
-    scored: whether the images have scores; None where that is not known yet.
+    shape: None where it is not known yet: then no network is refused for the size of the images. scored: whether the
+    images have scores; None where that is not known yet.
 
     Raises UserError at anything that the functions named in it would not take; no data are read.
     """
@@ -109,56 +113,14 @@ def recipe(
         raise UserError(f"the config has a value that does not fit ({type(error).__name__}: {error})") from error
 
 
-def _recipe(config: Config, shape: tuple[int, int, int], classes: int, scored: bool | None) -> Recipe:
-    _known(config, CONFIG_KEYS, "config")
-    if not config["seeds"] or not all(isinstance(seed, int) and seed >= 0 for seed in config["seeds"]):
-        raise UserError(f"seeds must be whole numbers such as (0, 1, 2), got {config['seeds']!r}")
-    _check_call(DATA, config["data"], "data")
-    if _has_pretext(config["pretext_data"]):
-        _check_call(DATA, config["pretext_data"], "pretext_data")
-        if (config["probe"] or {}).get("on") == "pretext":
-            raise UserError("probe.on='pretext' needs labels for the pretext images: leave pretext_data out")
-    if classes == 1:
-        raise UserError("the training images have one class only: there is nothing to tell apart")
-    amounts = {
-        kind: {name: _amount(part, f"{kind} {name!r}") for name, part in config[kind].items()} for kind in AMOUNTS
-    }
+def _recipe(config: Config, shape: tuple[int, int, int] | None, classes: int, scored: bool | None) -> Recipe:
+    _check_config(config, classes)
     config = {**config, "stages": {name: _like(config["stages"], name) for name in config["stages"]}}
-    build = _Builder(config, shape, classes)
+    build = _Builder(config, max(shape[:2]) if shape is not None else ANY_SIDE, classes)
     stages = {name: build.stage(name, part) for name, part in config["stages"].items()}
-    for name, arm in config["arms"].items():
-        for stage in arm:
-            _pick(stages, stage, f"arm {name!r}: stage")
-    arms = {name: tuple(stages[stage] for stage in arm) for name, arm in config["arms"].items()}
-    if not classes and not scored:  # nothing is labelled: what is left is the pretext part
-        cut = {name: tuple(stage for stage in arm if not stage.downstream) for name, arm in arms.items()}
-        arms = {name: arm for name, arm in cut.items() if arm}
-        if not arms:
-            raise UserError(
-                "nothing is labelled or scored, and no arm has a pretext stage: use class folders or scores"
-            )
-    used = {stage.name: stage for arm in arms.values() for stage in arm}
-    for first in (arm[0] for arm in arms.values() if arm and arm[0].init is not None):
-        try:
-            weights.check(first.model)
-        except UserError as error:
-            raise UserError(f"--config.init.weights: stage {first.name!r}: {error}") from error
-    for name, stage in used.items():
-        _check_answers(name, config["stages"][name]["objective"]["name"], stage, classes, scored)
-    if any(part["name"] == "patches" for parts in config["inputs"].values() for part in parts):
-        raise UserError("inputs: patches are a stage's view, not an input of all stages: give them to the stages")
-    for stage in stages.values():
-        _pick({"labelled": None, **config["subsets"]}, stage.on, f"stage {stage.name!r}: on")
-        for name in stage.match if stage.name in used else ():
-            _pick(used, name, f"stage {stage.name!r}: match")
-    baseline = _pick({name: name for name in config["arms"]}, config["baseline"], "baseline: arm")
-    for name in config["evaluations"]:
-        _pick(dict.fromkeys(EVALUATIONS), name, "evaluations")
-    probes = {}
-    if config["probe"] is not None and classes:
-        for name, arm in arms.items():
-            if pretext := [stage for stage in arm if not stage.downstream]:
-                probes[name] = build.probe(config["probe"], pretext[-1], config["stages"][pretext[-1].name])
+    arms = _arms(config, stages, answered=bool(classes or scored))
+    _check_stages(config, stages, arms, classes, scored)
+    baseline = pick({name: name for name in config["arms"]}, config["baseline"], "baseline: arm")
     return Recipe(
         name=config["name"],
         arms=arms,
@@ -167,9 +129,66 @@ def _recipe(config: Config, shape: tuple[int, int, int], classes: int, scored: b
         seeds=tuple(config["seeds"]),
         splits=splits(config),
         inputs={name: view.compose(*(_view(part) for part in parts)) for name, parts in config["inputs"].items()},
-        **amounts,
-        probes=probes,
+        subsets=_amounts(config, "subsets"),
+        labels=_amounts(config, "labels"),
+        probes=build.probes(arms) if config["probe"] is not None and classes else {},
     )
+
+
+def _check_config(config: Config, classes: int) -> None:
+    """Raises UserError for what is wrong whatever the stages are."""
+    check_keys(config, CONFIG_KEYS, "config")
+    if not config["seeds"] or not all(isinstance(seed, int) and seed >= 0 for seed in config["seeds"]):
+        raise UserError(f"seeds must be whole numbers such as (0, 1, 2), got {config['seeds']!r}")
+    check_call(DATA, config["data"], "data")
+    if config["pretext_data"] is not None:
+        spec = config["pretext_data"]
+        function = pick(DATA, spec["name"], "pretext_data")
+        (check if _has_pretext(spec) else check_known)(function, arguments(spec), f"pretext_data {spec['name']!r}")
+    if _has_pretext(config["pretext_data"]) and (config["probe"] or {}).get("on") == "pretext":
+        raise UserError("probe.on='pretext' needs labels for the pretext images: leave pretext_data out")
+    if classes == 1:
+        raise UserError("the training images have one class only: there is nothing to tell apart")
+    if any(part["name"] == "patches" for parts in config["inputs"].values() for part in parts):
+        raise UserError("inputs: patches are a stage's view, not an input of all stages: give them to the stages")
+    for name in config["evaluations"]:
+        pick(dict.fromkeys(EVALUATIONS), name, "evaluations")
+
+
+def _arms(config: Config, stages: Mapping[str, Stage], *, answered: bool) -> dict[str, tuple[Stage, ...]]:
+    """The arms' stages; where nothing is labelled or scored (not `answered`), their pretext parts."""
+    for name, arm in config["arms"].items():
+        for stage in arm:
+            pick(stages, stage, f"arm {name!r}: stage")
+    arms = {name: tuple(stages[stage] for stage in arm) for name, arm in config["arms"].items()}
+    if answered:
+        return arms
+    cut = {name: tuple(stage for stage in arm if not stage.downstream) for name, arm in arms.items()}
+    if not any(cut.values()):
+        raise UserError("nothing is labelled or scored, and no arm has a pretext stage: use class folders or scores")
+    return {name: arm for name, arm in cut.items() if arm}
+
+
+def _check_stages(
+    config: Config,
+    stages: Mapping[str, Stage],
+    arms: Mapping[str, tuple[Stage, ...]],
+    classes: int,
+    scored: bool | None,
+) -> None:
+    """Raises UserError where stages name what there is not, or ask for what the images or weights do not have."""
+    used = {stage.name: stage for arm in arms.values() for stage in arm}
+    for first in (arm[0] for arm in arms.values() if arm and arm[0].init is not None):
+        try:
+            weights.check(first.model)
+        except UserError as error:
+            raise UserError(f"--config.init.weights: stage {first.name!r}: {error}") from error
+    for name, stage in used.items():
+        _check_answers(name, config["stages"][name]["objective"]["name"], stage, classes, scored)
+    for stage in stages.values():
+        pick({"labelled": None, **config["subsets"]}, stage.on, f"stage {stage.name!r}: on")
+        for name in stage.match if stage.name in used else ():
+            pick(used, name, f"stage {stage.name!r}: match")
 
 
 def _check_answers(name: str, objective: str, stage: Stage, classes: int, scored: bool | None) -> None:
@@ -192,7 +211,7 @@ def splits(config: Config) -> Config:
     """Arguments of data.split.split by name; 0 takes a number away, and with all its numbers the split itself."""
     found = {}
     for name, part in (config.get("splits") or {}).items():
-        _check(split, part, f"splits {name!r}", given=("source", "seed"))
+        check(split, part, f"splits {name!r}", given=("source", "seed"))
         numbers = [part[key] for key in ("test", "folds") if key in part]
         if not numbers or any(numbers):
             found[name] = {key: value for key, value in part.items() if value}
@@ -204,23 +223,24 @@ def _like(stages: Config, name: str) -> Config:
     part = stages[name]
     if "like" not in part:
         return part
-    other = _pick(stages, part["like"], f"stage {name!r}: like")
+    other = pick(stages, part["like"], f"stage {name!r}: like")
     if "like" in other:
         raise UserError(f"stage {name!r}: like {part['like']!r}, which is like another itself: name that one")
     return {**other, **{key: value for key, value in part.items() if key != "like"}}
 
 
-def _amount(part: Config, where: str) -> Config:
-    """Arguments of data.split.subset; 0 stands for not given, so that the command line can take a number away."""
-    _check(subset, part, where, given=("source", "seed"))
-    return {name: value for name, value in part.items() if value}
+def _amounts(config: Config, kind: str) -> dict[str, Config]:
+    """Arguments of data.split.subset by name; 0 stands for not given: so the command line can take a number away."""
+    for name, part in config[kind].items():
+        check(subset, part, f"{kind} {name!r}", given=("source", "seed"))
+    return {name: {k: v for k, v in part.items() if v} for name, part in config[kind].items()}
 
 
 class _Builder:
     """Makes stages; equal parts become the same object, so that stages which ask the same share a compilation."""
 
-    def __init__(self, config: Config, shape: tuple[int, int, int], classes: int):
-        self.model, self.side, self.classes = dict(config["model"]), max(shape[:2]), classes
+    def __init__(self, config: Config, side: int, classes: int):
+        self.config, self.model, self.side, self.classes = config, dict(config["model"]), side, classes
         self.init = _init(config.get("init") or {})
         self._made: dict[str, Any] = {}
 
@@ -231,15 +251,24 @@ class _Builder:
         return self._made[key]
 
     def stage(self, name: str, part: Config) -> Stage:
-        _known(part, STAGE_KEYS, f"stage {name!r}")
+        check_keys(part, STAGE_KEYS, f"stage {name!r}")
         function, count = self._objective(part)
         network = {**self.model, **part.get("model", {}), "outputs": count, "resolution": self.side}
         network["frozen"] = tuple(part.get("freeze", ()))
         model = self.once(["model", network], lambda: models.build(**network))
         return self._finish(name, part, model, network, function)
 
+    def probes(self, arms: Mapping[str, tuple[Stage, ...]]) -> dict[str, Stage]:
+        """For each arm with a pretext part the probes on its end."""
+        ends = {name: [stage for stage in arm if not stage.downstream][-1:] for name, arm in arms.items()}
+        return {
+            name: self.probe(self.config["probe"], stage, self.config["stages"][stage.name])
+            for name, end in ends.items()
+            for stage in end
+        }
+
     def probe(self, part: Config, pretext: Stage, pretext_part: Config) -> Stage:
-        _known(part, STAGE_KEYS, "probe")
+        check_keys(part, STAGE_KEYS, "probe")
         _, count = self._objective(pretext_part)
         trunk = {**self.model, **pretext_part.get("model", {}), "outputs": count, "resolution": self.side}
         network = {"trunk": trunk, "outputs": self.classes}
@@ -249,26 +278,26 @@ class _Builder:
         return self._finish("probe", part, model, network, supervised, under="trunk")
 
     def _objective(self, part: Config) -> tuple[Callable, int]:
-        function, outputs = _pick(OBJECTIVES, part["objective"]["name"], "objective")
-        return function, outputs(self.classes, **_arguments(part["objective"]))
+        function, outputs = pick(OBJECTIVES, part["objective"]["name"], "objective")
+        return function, outputs(self.classes, **arguments(part["objective"]))
 
     def _finish(self, name: str, part: Config, model: Any, network: Any, function: Callable, under: str = "") -> Stage:
         where = f"stage {name!r}"
-        arguments = _arguments(part["objective"])
-        _check(function, arguments, f"{where}: objective {part['objective']['name']!r}", given=("model",))
-        objective = self.once(["objective", network, part["objective"]], lambda: function(model, **arguments))
-        augments = [_call(AUGMENTS, one, f"{where}: augment") for one in part.get("augment", ())]
+        asked = arguments(part["objective"])
+        check(function, asked, f"{where}: objective {part['objective']['name']!r}", given=("model",))
+        objective = self.once(["objective", network, part["objective"]], lambda: function(model, **asked))
+        augments = [call(AUGMENTS, one, f"{where}: augment") for one in part.get("augment", ())]
         for key in ("epochs", "batch_size"):
             if not isinstance(part.get(key, 1), int) or part.get(key, 1) < 1:
                 raise UserError(f"{where}: {key} must be a whole number of 1 or more, got {part[key]!r}")
         names = ("on", "batch_size", "epoch_images", "drop_last", "match", "fresh", "freeze", *BESIDE)
-        _pick(dict.fromkeys(trunk.PLACES), part.get("trunk", "auto"), f"{where}: trunk")
-        _pick(dict.fromkeys(answers.AVERAGES), part.get("average", "probability"), f"{where}: average")
+        pick(dict.fromkeys(trunk.PLACES), part.get("trunk", "auto"), f"{where}: trunk")
+        pick(dict.fromkeys(answers.AVERAGES), part.get("average", "probability"), f"{where}: average")
         plain = {k: part[k] for k in names if k in part}
         plain["fresh"] = tuple(
             one for name in part.get("fresh", ()) for one in (_top(model) if name == "top" else [name])
         )
-        _pick(dict.fromkeys(STARTS), part.get("start", "weights"), f"{where}: start")
+        pick(dict.fromkeys(STARTS), part.get("start", "weights"), f"{where}: start")
         spec = {k: v for k, v in part.items() if k not in ("epochs", "match", "on", "trunk", "average", "start")}
         return Stage(
             name=name,
@@ -288,9 +317,9 @@ class _Builder:
 
 def _init(part: Config) -> weights.Published | None:
     """The published weights that the first stage of every arm begins with, if the config names any."""
+    check_known(weights.published, part, "init")
     if not part.get("weights"):
         return None
-    _check(weights.published, part, "init")
     try:
         found = weights.published(**part)
         return found._replace(name=f"{found.name} (--config.init.weights)")
@@ -306,7 +335,7 @@ def _top(model: Any) -> list[str]:
 
 def _optimiser(spec: Config, where: str) -> Any:
     wrapping = {"clip_norm": None, "accumulate": 1}
-    make = _call(OPTIMISERS, {k: v for k, v in spec.items() if k not in wrapping}, f"{where}: optimiser")
+    make = call(OPTIMISERS, {k: v for k, v in spec.items() if k not in wrapping}, f"{where}: optimiser")
     if spec.get("clip_norm") is not None:
         make = optimiser.clip_norm(make, spec["clip_norm"])
     return optimiser.with_rate(optimiser.accumulate(make, spec.get("accumulate", 1)))
@@ -317,59 +346,18 @@ def _schedule(spec: Config, epochs: int, where: str) -> schedule.Schedule:
     plain = {k: v for k, v in spec.items() if k not in ("warmup", "shares")}
     if "shares" in spec:
         plain["milestones"] = tuple(share * epochs for share in spec["shares"])
-    made = _call(SCHEDULES, plain, f"{where}: schedule")
+    made = call(SCHEDULES, plain, f"{where}: schedule")
     warm = spec.get("warmup")
     if warm is None:
         return made
-    _check(schedule.warmup, warm, f"{where}: schedule warmup", given=("schedule",))
+    check(schedule.warmup, warm, f"{where}: schedule warmup", given=("schedule",))
     return schedule.warmup(made, **warm)
 
 
 def _view(spec: Config) -> Callable:
     if spec["name"] != "hybrid":
-        return _call(VIEWS, spec, "view")
-    arguments = _arguments(spec)
-    inner = _view(arguments.pop("view"))
-    _check(view.hybrid, arguments, "view 'hybrid'", given=("view",))
-    return view.hybrid(inner, **arguments)
-
-
-def _arguments(spec: Config) -> dict[str, Any]:
-    return {k: v for k, v in spec.items() if k != "name"}
-
-
-def _call(table: Mapping[str, Callable], spec: Config, what: str) -> Any:
-    """Calls the function that a spec {"name", **arguments} names; UserError where the arguments do not fit it."""
-    function, arguments = _check_call(table, spec, what)
-    return function(**arguments)
-
-
-def _check_call(table: Mapping[str, Callable], spec: Config, what: str) -> tuple[Callable, dict[str, Any]]:
-    """The function that a spec names and its arguments, once they fit each other."""
-    function, arguments = _pick(table, spec["name"], what), _arguments(spec)
-    _check(function, arguments, f"{what} {spec['name']!r}")
-    return function, arguments
-
-
-def _pick(table: Mapping[str, Any], name: str, what: str) -> Any:
-    if name not in table:
-        near = difflib.get_close_matches(str(name), table, len(table), 0)
-        raise UserError(f"{what}: {name!r} is unknown: choose from {', '.join(near)}")
-    return table[name]
-
-
-def _known(part: Config, known: tuple[str, ...], where: str) -> None:
-    for name in part:
-        _pick(dict.fromkeys(known), name, f"{where}: key")
-
-
-def _check(function: Callable, arguments: Config, where: str, given: tuple[str, ...] = ()) -> None:
-    parameters = {k: p for k, p in inspect.signature(function).parameters.items() if k not in given}
-    for name in arguments:
-        _pick(parameters, name, f"{where}: argument")
-    for name, parameter in parameters.items():
-        if parameter.default is parameter.empty and arguments.get(name) is None:
-            key = where.split()[0]
-            raise UserError(
-                f"{where} needs {name}: --config.{key}.{name}=..." if key == "data" else f"{where} needs {name}"
-            )
+        return call(VIEWS, spec, "view")
+    given = arguments(spec)
+    inner = _view(given.pop("view"))
+    check(view.hybrid, given, "view 'hybrid'", given=("view",))
+    return view.hybrid(inner, **given)

@@ -13,8 +13,13 @@ from absl import flags
 from ml_collections import config_flags
 
 FLAGS = flags.FLAGS
+# Keys that a config does not name may be given too (options of its network, for one): `build` knows which there are.
 CONFIG = config_flags.DEFINE_config_file(
-    "config", None, "config file, with a preset after a colon: configs/scalenet.py:folder"
+    "config",
+    None,
+    "config file, with a preset after a colon: configs/scalenet.py:folder",
+    lock_config=False,
+    accept_new_attributes=True,
 )
 flags.DEFINE_string("workdir", None, "where to write; default runs/NAME or runs/NAME-PRESET")
 flags.DEFINE_list("only", [], "arms to train, separated by commas; default all")

@@ -16,7 +16,8 @@ from jaxsd.data.split import split, subset
 from jaxsd.errors import Stopped, UserError
 from jaxsd.evaluate.answers import averaged
 from jaxsd.evaluate.features import predict
-from jaxsd.stage import Run, Stage, Trained, check_fits, check_folder, check_names, done, drawn, restore, run_stage
+from jaxsd.fits import check_fits, check_fresh
+from jaxsd.stage import Run, Stage, Trained, check_folder, check_names, done, drawn, restore, run_stage
 from jaxsd.train.loop import Stop
 from jaxsd.train.state import State, merge
 from jaxsd.views.view import View, compose
@@ -58,6 +59,12 @@ class Recipe:
             downstream = [stage.downstream for stage in stages]
             if downstream != sorted(downstream):
                 raise UserError(f"arm {name!r}: its pretext stages must come before those on labelled images")
+        probed = [(*self.pretext(name), probe) for name, probe in self.probes.items()]
+        check_fresh([*self.arms.values(), *probed])
+
+    def pretext(self, arm: str) -> tuple[Stage, ...]:
+        """The stages of an arm before its downstream part."""
+        return tuple(stage for stage in self.arms[arm] if not stage.downstream)
 
 
 class Cell(NamedTuple):
@@ -170,7 +177,7 @@ class Experiment:
         """The cell's runs from the root; with `probe` those of the pretext part and the probe on it."""
         stages = list(self.recipe.arms[cell.arm])
         if probe:
-            stages = [stage for stage in stages if not stage.downstream] + [self.recipe.probes[cell.arm]]
+            stages = [*self.recipe.pretext(cell.arm), self.recipe.probes[cell.arm]]
         path, forked = [cell.input, *([cell.split] if cell.split else [])], False
         runs: list[Run] = []
         for stage in stages:
@@ -286,20 +293,25 @@ class Experiment:
         return list(found.values())
 
     def _check_fits(self, cells: list[Cell]) -> None:
-        """Raises UserError where a network that is still to be trained does not take its images: before any is."""
-        known = set()
+        """Raises UserError where a network that is still to be trained does not take its images or its first weights.
+
+        Before any is trained.
+        """
+        known: dict[tuple[str, ...], Trained] = {}
         for cell in cells:
-            for run in self.runs(cell) + (self.runs(cell, probe=True) if self._probes(cell) else []):
-                what = (id(run.stage.objective), run.stage.name, cell.input)
-                if what not in known and done(run, self.workdir) is None:
-                    check_fits(run.stage, self.given(cell, run.stage.on)[0])
-                known.add(what)
+            for runs in (self.runs(cell), self.runs(cell, probe=True) if self._probes(cell) else []):
+                place, begun = (cell.input,), None
+                for run in runs if any(done(run, self.workdir) is None for run in runs) else []:
+                    place = (*place, run.stage.name)
+                    if place not in known:
+                        known[place] = check_fits(run.stage, self.given(cell, run.stage.on)[0], begun)
+                    begun = known[place]
 
     def check(self, cells: list[Cell], *, reuse: bool = False) -> int:
         """How many stages are still to be trained.
 
         Raises UserError where the workdir holds stages that were made otherwise, naming what differs, or where a
-        network does not take its images.
+        network does not take its images or what it begins with.
         """
         runs = self.all_runs(cells)
         self._check_fits(cells)

@@ -185,9 +185,10 @@ def start(
 def _handed_over(stage: Stage, parent: Trained, wanted: Tree) -> tuple[Tree, list[dict]]:
     """The stage before's weights in the place of `wanted`; transformers' position tables fitted to the images' size."""
     given = {"params": parent.params, **{k: v for k, v in parent.extra["model"].items() if k != STANDARDISE}}
-    fitted = weights.resized(given, wanted)
+    fitted = weights.resized(given, wanted, under=stage.under)
     result, lines = carry(fitted, wanted, fresh=stage.fresh, under=stage.under)
-    resized = {"/".join(path) for path, leaf in flat(fitted).items() if leaf.shape != flat(given)[path].shape}
+    paths = [path for path, leaf in flat(fitted).items() if leaf.shape != flat(given)[path].shape]
+    resized = {"/".join((path[0], *([stage.under] if stage.under else []), *path[1:])) for path in paths}
     return result, [{**line, "action": "adapted"} if line["tensor"] in resized else line for line in lines]
 
 
@@ -195,14 +196,6 @@ def drawn(run: Run, source: Source) -> Trained:
     """The weights of a run before any training: as they are drawn, or published, with nothing from a stage before."""
     state, _ = start(run.stage, run.key(), run.stage.view(source.take([0])), run.standard, None)
     return Trained(merge(state.params, state.frozen), state.extra)
-
-
-def check_fits(stage: Stage, source: Source) -> None:
-    """Raises UserError, with the stage's name, where its network does not take its images. Nothing is computed."""
-    try:
-        jax.eval_shape(stage.objective.init, jax.random.key(0), {"image": sample_of(stage.view(source.take([0])))})
-    except UserError as error:
-        raise UserError(f"stage {stage.name!r}: {error}") from error
 
 
 def plan_of(stage: Stage, key: jax.Array, images: int) -> loop.Plan:

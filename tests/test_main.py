@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 from conftest import CACHE
 
-from jaxsd import report
+from jaxsd import build, main, report
+from jaxsd.errors import UserError
 
 ROOT = Path(__file__).parents[1]
 TINY = "--config=configs/scalenet.py:tiny"
@@ -35,7 +36,7 @@ def test_help_is_fast(module):
         ([], "--config is missing"),
         (["--config=configs/nothing.py"], "there is no file configs/nothing.py"),
         (["--config=configs/scalenet.py:nothing"], "has no preset 'nothing': choose from tiny"),
-        ([TINY, "--config.sed=3"], 'Did you mean "seeds"'),
+        ([TINY, "--config.sed=3"], "'sed' is unknown: choose from seeds"),
         ([TINY, "--config.stages.half.epochs=abc"], "invalid literal"),
         ([TINY, "--wrkdir=x"], "Did you mean: workdir"),
         ([TINY, "word"], "'word' is no flag"),
@@ -49,6 +50,46 @@ def test_wrong_use_is_one_line_and_status_2(flags, message, tmp_path):
     assert done.returncode == 2
     assert message in done.stderr.splitlines()[-1] and done.stderr.splitlines()[-1].startswith("error: ")
     assert "Traceback" not in done.stderr
+
+
+@pytest.fixture
+def recipe_of(monkeypatch):
+    """From a command line to a recipe, in this process; the overrides are forgotten afterwards."""
+
+    def forget():
+        for name in [name for name in main.FLAGS if name.startswith("config.")]:
+            delattr(main.FLAGS, name)
+
+    def made(*argv):
+        forget()
+        monkeypatch.setattr(sys, "argv", ["main", *argv])  # overrides are looked up there
+        return build.recipe(main.parse(["main", *argv]))
+
+    yield made
+    forget()
+
+
+@pytest.mark.parametrize(
+    ("config", "flags", "options"),
+    [
+        ("scalenet.py:folder", ["--config.model.name=deit_tiny", "--config.model.drop_path=0.1"], {"drop_path": 0.1}),
+        ("rotnet.py", ["--config.model.remat=True", "--config.model.dtype=bfloat16"], {"remat": True}),
+        ("patches.py", ["--config.model.adaptive_pool=True"], {"adaptive_pool": True}),
+    ],
+)
+def test_options_that_a_config_does_not_name(config, flags, options, recipe_of):
+    """Those of the network reach it; what no network, set of data or config has is named."""
+    argv = [f"--config={ROOT}/configs/{config}", *(["--config.data.path=x"] if ":folder" in config else [])]
+    for arm in recipe_of(*argv, *flags).arms.values():
+        for stage in arm:
+            assert {name: getattr(stage.model, name) for name in options} == options
+    for flag, message in (
+        ("model.drop_paht=0.1", "has no option 'drop_paht': choose from outputs"),
+        ("data.sise=3", "argument: 'sise' is unknown: choose from"),
+        ("labells=3", "config: key: 'labells' is unknown: choose from labels"),
+    ):
+        with pytest.raises(UserError, match=message):
+            recipe_of(*argv, f"--config.{flag}")
 
 
 def test_a_whole_run_and_what_follows(tmp_path):

@@ -1,23 +1,19 @@
-"""The network families: exact counts and maps, starts, freezing, and values computed once by PyTorch."""
+"""The network families: exact counts and maps, what each costs, what is refused."""
 
 import json
 import sys
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from filled import filled, pictures
-from flax.traverse_util import flatten_dict
+from filled import pictures
 
 from jaxsd import models
 from jaxsd.errors import UserError
 from jaxsd.models import __main__ as command
-from jaxsd.models.blocks import uniform
+from jaxsd.models.blocks import growing
 from jaxsd.models.catalogue import RESOLUTIONS, costs, shapes, size
-from jaxsd.models.forward import forward, initialise
-from jaxsd.models.norm import BatchNorm
 from jaxsd.models.pool import adaptive_max_pool, max_pool
 
 # (name, options): {outputs: trainable parameters}, running values of the batch norms (T2T-ViT: constants)
@@ -84,14 +80,16 @@ COUNTS = [
     ("pvt_v2_b5", {}, {1000: 81_956_008}, 0),
     ("patchnet", {}, {1: 10_322_721, 0: 10_322_464}, 2 * (32 + 64 + 128 + 2 * (128 + 256 + 256 + 512))),
 ]
-SMALLEST = ("resnet8", "skresnext50_32x4d", "d_resnext50_32x4d", "nin", "alexnet_rotnet", "patchnet", "resnest14d")
-SMALLEST += ("vgg16_bn", "efficientnet_b0")  # of every family with batch norms
+
+
 PARTS = {
     "resnet50": {"stem": 1_856, "block1": 215_808, "block2": 1_219_584, "block3": 7_098_368, "block4": 14_964_736},
     "dsk_resnext50_32x4d": {"block1": 498_048, "block2": 2_610_688, "block3": 15_006_464, "block4": 29_950_720},
     "nin": {"block1": 61_376, "block2": 535_680, "block3": 406_656, "block4": 406_656, "head": 1_930},
     "alexnet_rotnet": {"block1": 23_424, "block2": 307_776, "block3": 664_704, "block4": 885_504, "block5": 590_592},
 }
+
+
 MAPS = [
     ("resnet50", {"stem": "cifar"}, {32: (32, 16, 8, 4), 24: (24, 12, 6, 3), 16: (16, 8, 4, 2), 8: (8, 4, 2, 1)}),
     ("resnet50", {"stem": "imagenet"}, {224: (56, 28, 14, 7), 112: (28, 14, 7, 4), 32: (8, 4, 2, 1), 16: (4, 2, 1, 1)}),
@@ -100,29 +98,6 @@ MAPS = [
     ("alexnet_rotnet", {}, {224: (55, 27, 13, 13, 13), 112: (27, 13, 6, 6, 6), 168: (41, 20, 9, 9, 9)}),
     ("alexnet_rotnet", {}, {64: (15, 7, 3, 3, 3)}),
 ]
-# Computed by PyTorch 2.13 in float64 from `filled` parameters and `pictures`: inference logits of two images; then for
-# training on three with labels 0, 1, 2: cross-entropy, the first image's logits, squared norm of the gradient, and
-# the sums over all running means, running variances, squared means, squared variances after the step. The networks
-# were RotNet's own code (nin, alexnet_rotnet) and torchvision's blocks (bottleneck).
-GOLDEN = {
-    "resnet8": (
-        [[0.251027, 7.2621, 0.911224, 3.03394], [0.279883, 7.25522, 0.516999, 2.86046]],
-        (1.89535349, [0.264762, 1.85162, 0.254508, 1.43554], 12.49817781),
-        (1.638186748, 529.0556601, 4.273432951, 1391.784148),
-    ),
-    "resnet18": ([[9.20025, -0.469859, -7.58585, 18.7484], [13.7587, -5.52572, -2.11179, 18.471]], None, None),
-    "nin": ([[-1.2722, 2.24691, -0.406637, -0.805991], [-1.2149, 2.22526, -0.486319, -0.836052]], None, None),
-    "alexnet_rotnet": ([[-1.03746, 3.92744, -8.54564, -5.23549], [1.43092, 4.94355, -10.0836, -6.61762]], None, None),
-    "bottleneck": (
-        [[6.16907, 4.5676, 8.6265, 15.2688], [6.66413, 4.45606, 8.29507, 15.95]],
-        (2.06628603, [-0.482904, -0.48008, 0.64003, 1.71715], 35.33476125),
-        (3.300770020, 800.9712030, 8.871103813, 2205.406848),
-    ),
-}
-
-
-def tiny(outputs):
-    return models.ResNet(outputs=outputs, depths=(1, 1), widths=(4, 6))
 
 
 def feature_shapes(model, resolution):
@@ -130,8 +105,10 @@ def feature_shapes(model, resolution):
     return jax.eval_shape(lambda x: model.init_with_output(jax.random.key(0), x, False)[0], images)
 
 
-def equal(a, b):
-    return jax.tree.leaves(jax.tree.map(lambda x, y: bool((x == y).all()), a, b))
+def test_rates_grow_over_the_units_of_all_blocks():
+    assert growing(0.4, (2, 1, 2)) == [(0.0, 0.1), (0.2,), pytest.approx((0.3, 0.4))]
+    assert growing(0.4, (2, 2), steps=4) == [(0.0, 0.1), pytest.approx((0.2, 0.3))]
+    assert growing(0.4, (1,)) == [(0.0,)]
 
 
 @pytest.mark.parametrize("name, options, outputs, running", COUNTS)
@@ -189,196 +166,10 @@ def test_adaptive_alexnet_is_the_plain_one_at_224_and_transfers_to_any_size():
             shapes(model, least - 1)
 
 
-def started(name, part, **options):
-    """The freshly drawn parameters of one part; XLA drops the draws of the others."""
-    model = models.build(name, outputs=50, **options)
-    images = jnp.zeros((1, RESOLUTIONS[name] // 2, RESOLUTIONS[name] // 2, 3))
-    return jax.jit(lambda key: model.init(key, images, False)["params"][part])(jax.random.key(3))
-
-
-def test_start_of_residual_networks():
-    block = started("resnet8", "block3")["unit1"]
-    kernel = np.asarray(block["layer2"]["conv"]["kernel"])
-    assert kernel.std() == pytest.approx((2 / (9 * 64)) ** 0.5, rel=0.02) and abs(kernel.mean()) < 0.001
-    assert np.abs(kernel).max() > 3.5 * kernel.std()  # a normal draw, not truncated at two deviations
-    assert (block["layer2"]["norm"]["scale"] == 1).all() and (block["layer2"]["norm"]["bias"] == 0).all()
-    head = started("resnet8", "head")
-    for leaf in (head["kernel"], head["bias"]):  # 64 inputs: +- 1/8, a uniform draw's deviation is limit / sqrt(3)
-        assert 0.11 < np.abs(leaf).max() <= 0.125 and np.std(leaf) == pytest.approx(0.125 / 3**0.5, rel=0.15)
-    zero = started("resnet8", "block3", zero_init_residual=True)["unit1"]
-    assert (zero["layer2"]["norm"]["scale"] == 0).all() and (zero["layer1"]["norm"]["scale"] == 1).all()
-    assert (zero["shortcut"]["norm"]["scale"] == 1).all()
-
-
-def test_start_of_rotnet_networks():
-    for leaf, fan_in in (
-        (started("nin", "block2")["layer1"]["conv"]["kernel"], 25 * 96),
-        (started("alexnet_rotnet", "block1")["conv"]["kernel"], 121 * 3),
-        (started("alexnet_rotnet", "block1")["conv"]["bias"], 121 * 3),
-    ):
-        limit = fan_in**-0.5
-        assert 0.95 * limit < np.abs(leaf).max() <= limit and abs(np.mean(leaf)) < 0.2 * limit
-        assert np.std(leaf) == pytest.approx(limit / 3**0.5, rel=0.15)
-
-
-def test_draws_are_those_of_the_shape():
-    key = jax.random.key(5)
-    expected = jax.random.uniform(key, (3, 2, 5), minval=-0.5, maxval=0.5)
-    np.testing.assert_array_equal(uniform(0.5)(key, (3, 2, 5)), expected)
-
-
-def golden_model(name):
-    if name == "bottleneck":
-        form = {"depths": (2, 1), "widths": (16, 24), "bottleneck": True, "stem_kind": "imagenet"}
-        return models.ResNet(outputs=4, **form), 56
-    options = {"resnet18": {"stem": "cifar"}, "nin": {"blocks": 5, "pool_block3": True}}.get(name, {})
-    return models.build(name, outputs=4, **options), {"resnet8": 32, "resnet18": 16, "nin": 24}.get(name, 112)
-
-
-@pytest.mark.parametrize("name", GOLDEN)
-def test_same_numbers_as_pytorch(name):
-    (model, resolution), (logits, train, running) = golden_model(name), GOLDEN[name]
-    params, collections = filled(model, resolution)
-    images = pictures(resolution)
-    infer = jax.jit(lambda params, images: forward(model, params, collections, images, train=False).outputs)
-    np.testing.assert_allclose(infer(params, images)[:2], logits, rtol=2e-4, atol=2e-4)
-    if train is None:
-        return
-
-    def loss(params):
-        result = forward(model, params, collections, images, train=True)
-        return -jax.nn.log_softmax(result.outputs)[jnp.arange(3), jnp.arange(3)].mean(), result
-
-    (value, result), gradient = jax.jit(jax.value_and_grad(loss, has_aux=True))(params)
-    assert value == pytest.approx(train[0], rel=1e-4)
-    np.testing.assert_allclose(result.outputs[0], train[1], rtol=1e-3, atol=1e-3)
-    assert sum(float(jnp.vdot(g, g)) for g in jax.tree.leaves(gradient)) == pytest.approx(train[2], rel=2e-3)
-    leaves = flatten_dict(result.collections["batch_stats"]).items()
-    means, variances = (np.concatenate([v for path, v in leaves if path[-1] == kind]) for kind in ("mean", "var"))
-    sums = (means.sum(), variances.sum(), (means**2).sum(), (variances**2).sum())
-    np.testing.assert_allclose(sums, running, rtol=1e-4)
-
-
-def test_frozen_parts_run_in_inference_mode():
-    model = models.build("resnet8", outputs=4)
-    frozen = ("stem", "block1")
-    params, collections = filled(model, 8)
-    images = pictures(8, 2)
-    run = jax.jit(lambda model, train: forward(model, params, collections, images, train=train), static_argnums=(0, 1))
-    trained, plain = run(model.clone(frozen=frozen), True), run(model, False)
-    before, after = collections["batch_stats"], trained.collections["batch_stats"]
-    for part in before:
-        assert all(equal(before[part], after[part])) == any(equal(before[part], after[part])) == (part in frozen)
-    np.testing.assert_allclose(trained.features["block1"], plain.features["block1"], rtol=1e-5, atol=1e-5)
-    assert not np.allclose(trained.features["block2"], plain.features["block2"], rtol=1e-2)
-
-
-@pytest.mark.parametrize("name", SMALLEST)
-def test_frozen_reaches_every_norm_of_the_part_and_no_other(name):
-    model = models.build(name, outputs=4, resolution=224)
-    frozen = model.parts[::2]
-    seen = []
-
-    def note(layer, args, kwargs, context):
-        if isinstance(context.module, BatchNorm) and context.method_name == "__call__":
-            seen.append((context.module.path[0], args[1]))
-        return layer(*args, **kwargs)
-
-    side = max(64, RESOLUTIONS[name])
-    images = jax.ShapeDtypeStruct((2, side, side, 3), jnp.float32)
-    with nn.intercept_methods(note):
-        jax.eval_shape(lambda x: model.clone(frozen=frozen).init(jax.random.key(0), x, True), images)
-    assert seen == [(part, part not in frozen) for part, _ in seen]
-    normed = shapes(model, side).get("batch_stats", {})
-    assert dict.fromkeys(part for part, _ in seen) == dict.fromkeys(part for part in model.body if part in normed)
-
-
-def test_gradient_of_a_feature_is_the_head_weight_over_the_map():
-    model = tiny(outputs=5)
-    params, collections = filled(model, 16)
-
-    def score(maps):
-        variables = {"params": params, **collections, "perturbations": {"block2_map": maps, **others}}
-        return model.apply(variables, pictures(16, 1), False)[0][0, 2]
-
-    others = {f"{k}_map": jnp.zeros((1, *v.shape[1:])) for k, v in feature_shapes(model, 16)[1].items()}
-    maps = others.pop("block2_map")
-    expected = np.broadcast_to(params["head"]["kernel"][:, 2] / 64, (1, 8, 8, 6))
-    np.testing.assert_allclose(jax.jit(jax.grad(score))(maps), expected, rtol=1e-5)
-
-
-def test_bfloat16_computes_and_float32_comes_out():
-    model = tiny(outputs=4)
-    half = model.clone(dtype=models.build("resnet8", dtype="bfloat16").dtype)
-    assert shapes(half, 16) == shapes(model, 16)
-    params, collections = filled(model, 16)
-    infer = jax.jit(lambda m: forward(m, params, collections, pictures(16), train=False), static_argnums=0)
-    a, b = infer(model), infer(half)
-    assert b.features["block2"].dtype == jnp.bfloat16
-    assert b.outputs.dtype == b.features["pooled"].dtype == jnp.float32
-    assert 0 < np.abs(a.outputs - b.outputs).max() < 0.05 * np.abs(a.outputs).max()
-
-
 def test_without_head_the_pooled_features_come_out():
     model = models.build("resnet8", outputs=0)
     outputs, features = feature_shapes(model, 16)
     assert outputs.shape == features["pooled"].shape == (2, 64) and "head" not in model.parts
-
-
-def test_door_standardises_and_leaves_collections_alone_in_inference():
-    model = tiny(outputs=4)
-    key, images = jax.random.key(0), np.random.default_rng(0).integers(0, 256, (2, 8, 8, 3), np.uint8)
-    params, collections = initialise(model, key, images)
-    collections["standardise"] = {"mean": jnp.array([0.1, 0.2, 0.3]), "std": jnp.array([0.5, 0.6, 0.7])}
-    result = forward(model, params, collections, images, train=False)
-    by_hand = (images / np.float32(255) - np.float32([0.1, 0.2, 0.3])) / np.float32([0.5, 0.6, 0.7])
-    plain = {"params": params, "batch_stats": collections["batch_stats"]}
-    expected, _ = model.apply(plain, by_hand, False)
-    np.testing.assert_allclose(result.outputs, expected, rtol=1e-4, atol=1e-5)
-    assert result.collections is collections
-    trained = forward(model, params, collections, jnp.asarray(images) / 255, train=True).collections
-    assert set(trained) == {"batch_stats", "standardise"}
-    assert not any(equal(trained["batch_stats"], collections["batch_stats"]))
-    assert all(equal(trained["standardise"], collections["standardise"]))
-
-
-def test_linear_probes_of_alexnet_have_the_papers_sizes():
-    probe = models.LinearProbe(models.build("alexnet_rotnet", outputs=4), outputs=1000)
-    variables = shapes(probe, 224)
-    counts = [size(variables["params"][f"probe_{block}"]) for block in probe.blocks]
-    assert counts == [9_217_000, 9_409_000, 9_601_000, 9_217_000, 9_217_000]
-    assert set(variables["params"]) == set(probe.parts) and size(variables["params"]["trunk"]) == 57_030_724
-    running = [size(variables["batch_stats"][f"probe_{block}"]) for block in probe.blocks]
-    assert running == [128, 384, 768, 512, 512]
-    kernel = shapes(probe.clone(pool={"block5": 2}), 112)["params"]["probe_block5"]["dense"]["kernel"]
-    assert kernel.shape == (2 * 2 * 256, 1000)
-
-
-def test_linear_probe_trains_the_probes_alone():
-    trunk = models.build("resnet8", outputs=4)
-    probe = models.LinearProbe(trunk, outputs=10, pool={"block1": 3})
-    params, collections = filled(probe, 8)
-    images = pictures(8, 4)
-
-    def total(params):
-        result = forward(probe, params, collections, images, train=True)
-        return sum(jnp.square(value).mean() for value in result.outputs.values()), result
-
-    gradient, result = jax.jit(jax.grad(total, has_aux=True))(params)
-    assert all((np.asarray(leaf) == 0).all() for leaf in jax.tree.leaves(gradient["trunk"]))
-    assert all(np.abs(gradient[f"probe_{block}"]["dense"]["kernel"]).max() > 0 for block in probe.blocks)
-    before, after = collections["batch_stats"], result.collections["batch_stats"]
-    assert all(equal(before["trunk"], after["trunk"]))
-    assert not any(equal(before["probe_block2"], after["probe_block2"]))
-    maps = np.asarray(result.features["block1"])  # 8x8 in bins 0..2, 2..5, 5..7
-    bins = ((0, 3), (2, 6), (5, 8))
-    x = np.stack([[maps[:, a:b, c:d].max((1, 2)) for c, d in bins] for a, b in bins]).transpose(2, 0, 1, 3)
-    x = (x - x.mean((0, 1, 2))) / np.sqrt(x.var((0, 1, 2)) + 1e-5)
-    dense = params["probe_block1"]["dense"]
-    expected = x.reshape(4, -1) @ dense["kernel"] + dense["bias"]
-    np.testing.assert_allclose(result.outputs["block1"], expected, rtol=1e-3, atol=1e-3)
-    start = jax.jit(lambda key: probe.init(key, images, False)["params"]["probe_block3"]["dense"])(jax.random.key(0))
-    assert np.std(start["kernel"]) == pytest.approx((2 / 10) ** 0.5, rel=0.05) and (start["bias"] == 0).all()
 
 
 @pytest.mark.parametrize(

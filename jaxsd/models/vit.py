@@ -74,16 +74,18 @@ def resize_positions(table: Array, grid: tuple[int, int], *, prefix: int = 1) ->
     return jnp.concatenate([kept, cells.reshape(1, -1, table.shape[2])], 1)
 
 
-def resized(source: Any, shapes: Any) -> Any:
+def resized(source: Any, shapes: Any, *, under: str = "") -> Any:
     """`source` with its position tables resized where those of a network for other images have another length.
 
-    source, shapes: nested dicts of arrays and of arrays or shapes, of two networks. All other tensors stay as they are,
-    fitting or not. Both networks' tables are taken to be those of square images.
+    source, shapes: {"params": tree, ..} of arrays and of arrays or shapes, of two networks; under: the submodule of the
+    second ("trunk") that stands for the first. All other tensors stay as they are, fitting or not. Both networks'
+    tables are taken to be those of square images.
     """
+    prefix = tuple(under.split("/")) if under else ()
     flat: dict[tuple[str, ...], Any] = traverse_util.flatten_dict(source)
     wanted: dict[tuple[str, ...], Any] = traverse_util.flatten_dict(shapes)
     for path, table in flat.items():
-        like = wanted.get(path)
+        like = wanted.get((path[0], *prefix, *path[1:]))
         if path[-1] != POSITIONS or like is None or table.shape == like.shape or table.shape[2] != like.shape[2]:
             continue
         side = math.isqrt(like.shape[1] - 1)

@@ -107,7 +107,6 @@ def load(
     names = {path: published_name(model, path) for path in flat}
     shapes = {names[path]: published_shape(model, path, leaf.shape) for path, leaf in flat.items()}
     tensors = renamed(read(source.path, source.name), shapes)
-    result, lines, wrong, used = {}, [], [], set()
     _check_fresh(model, fresh, flat, tensors)
     found = {
         path: _fitted(path, tensors.get(name), shapes[name], blue_first=source.blue_first)
@@ -115,29 +114,72 @@ def load(
     }
     no_head = any(path[1] == "head" and fitted is None for path, fitted in found.items())  # then all of it is fresh
     anew = tuple(f"{name}/" for name in (*fresh, *(["head"] if no_head else [])))
+    result, lines = {}, []
     for path, leaf in flat.items():
-        name, line, fitted = names[path], {"tensor": "/".join(path), "shape": list(leaf.shape)}, found[path]
-        if "/".join((*path[1:], "")).startswith(anew):
-            result[path] = leaf
-            lines.append({**line, "action": "fresh"})
-        elif fitted is None:
-            given = f"{list(tensors[name].shape)}, wanted {list(shapes[name])}" if name in tensors else "missing"
-            wrong.append(f"{name} is {given}")
-        else:
-            used.add(name)
-            result[path] = turned_back(path, fitted.value, leaf.shape)
-            told = {"note": "; ".join(fitted.notes)} if fitted.notes else {}
-            lines.append({**line, "action": "adapted" if fitted.adapted else "copied", "from": name, **told})
-    allowed = _droppable(model, fresh)
+        result[path], line = _placed(path, leaf, names[path], found[path], anew)
+        lines.append(line)
+    _check_all_found(source, model, lines, tensors, shapes, fresh)
+    used = {line.get("from") for line in lines}
     for name in [name for name in tensors if name not in used]:
         lines.append({"tensor": name, "action": "dropped", "shape": list(tensors[name].shape)})
-        if name not in shapes and not name.startswith(allowed) and not name.endswith(".num_batches_tracked"):
-            wrong.append(f"{name} has no place")
-    if wrong:
-        shown = "; ".join(wrong[:6]) + (f"; and {len(wrong) - 6} more" if len(wrong) > 6 else "")
-        raise UserError(f"the weights {source.name} do not fit this {type(model).__name__}: {shown}")
     tree = traverse_util.unflatten_dict(result)
     return tree.pop("params"), {**collections, **tree}, lines
+
+
+def _placed(
+    path: tuple[str, ...], leaf: Any, name: str, fitted: "_Fitted | None", anew: tuple[str, ...]
+) -> tuple[Any, dict[str, Any]]:
+    """The value that a tensor of the network begins with, and its line; "missing" where the file's does not serve."""
+    line = {"tensor": "/".join(path), "shape": list(leaf.shape)}
+    if "/".join((*path[1:], "")).startswith(anew):
+        return leaf, {**line, "action": "fresh"}
+    if fitted is None:
+        return leaf, {**line, "action": "missing", "name": name}
+    told = {"note": "; ".join(fitted.notes)} if fitted.notes else {}
+    action = "adapted" if fitted.adapted else "copied"
+    return turned_back(path, fitted.value, leaf.shape), {**line, "action": action, "from": name, **told}
+
+
+def _check_all_found(
+    source: Published,
+    model: Backbone,
+    lines: list[dict[str, Any]],
+    tensors: Mapping[str, np.ndarray],
+    shapes: Mapping[str, tuple[int, ...]],
+    fresh: Sequence[str],
+) -> None:
+    """Raises UserError naming the network's tensors that are missing, and the file's that have no place."""
+    wrong = []
+    for name in (line["name"] for line in lines if line["action"] == "missing"):
+        given = f"{list(tensors[name].shape)}, wanted {list(shapes[name])}" if name in tensors else "missing"
+        wrong.append(f"{name} is {given}")
+    allowed = _droppable(model, fresh)
+    surplus = [
+        name
+        for name in tensors
+        if name not in shapes and not name.startswith(allowed) and not name.endswith(".num_batches_tracked")
+    ]
+    wrong += [f"{name} has no place" for name in surplus]
+    if wrong:
+        shown = "; ".join(wrong[:6]) + (f"; and {len(wrong) - 6} more" if len(wrong) > 6 else "")
+        if further := _further_blocks(model, surplus):
+            names = ", ".join(map(repr, further))
+            shown += f"; the network has fewer blocks than the file: to leave them out, name {names} in `fresh`"
+        raise UserError(f"the weights {source.name} do not fit this {type(model).__name__}: {shown}")
+
+
+def _further_blocks(model: Backbone, names: Sequence[str]) -> list[str]:
+    """The blocks that the network would have behind its last, and that tensors of these published names belong to."""
+    found, number = [], len(model.blocks) + 1
+    while True:
+        try:
+            begins = f"{model.published(f'block{number}')}."
+        except (KeyError, IndexError, ValueError):  # its family ends here
+            return found
+        if not any(name.startswith(begins) for name in names):
+            return found
+        found.append(f"block{number}")
+        number += 1
 
 
 def _check_fresh(model: Backbone, fresh: Sequence[str], flat: Mapping[tuple[str, ...], Any], tensors: Any) -> None:
