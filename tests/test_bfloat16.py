@@ -1,52 +1,46 @@
-"""A recipe in bfloat16 learns about as well as in float32."""
+"""A network in bfloat16 learns about as well as in float32."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from scipy.stats import ttest_ind
 
 from jaxsd import models, objectives, train
 from jaxsd.data.embedded import digits
-from jaxsd.data.source import standardisation
-from jaxsd.models.forward import STANDARDISE, forward
+from jaxsd.models.forward import forward
 
-SEEDS, STEPS, BATCH = 3, 150, 32
+SEEDS, STEPS, BATCH = 3, 50, 64
+TX = optax.sgd(0.05, momentum=0.9)
+FORM = {"patch": 8, "first": (16,), "widths": (), "hidden": (32,), "dropout": 0.0}
 
 
-def learned(dtype):
-    """[SEEDS] losses of the last ten steps and accuracies on other digits, after training on 512."""
-    splits = digits(test=500, validation=0.0)
-    mean, std = standardisation(splits.train)
-    model = models.build("patchnet", outputs=10, patch=8, first=(16,), widths=(), hidden=(32,), dropout=0.0, dtype=dtype)
+def learned(dtype, splits, starts):
+    """[2, SEEDS]: the loss over the last ten steps, and the accuracy on other digits."""
+    model = models.build("patchnet", outputs=10, dtype=dtype, **FORM)
     objective = objectives.supervised(model)
-    tx = optax.sgd(0.05, momentum=0.9)
-    step = train.make_train_step(objective, tx)
-    images, labels = jnp.asarray(splits.train.images[:512]), jnp.asarray(splits.train.labels[:512])
+    step = jax.jit(train.make_train_step(objective, TX), donate_argnums=0)
+    infer = jax.jit(lambda params, collections, x: forward(model, params, collections, x, train=False).outputs)
 
-    def batch_of(rows):
-        mask = jnp.ones(BATCH, jnp.float32)
-        return {"image": images[rows], "label": labels[rows], "index": rows.astype(jnp.int32), "mask": mask}
+    def one(seed):
+        random, losses, state = np.random.default_rng(seed), [], jax.tree.map(jnp.copy, starts[seed])
+        for _ in range(STEPS):
+            rows = random.integers(0, len(splits.train), BATCH)
+            state, metrics = step(state, {"image": splits.train.images[rows], "label": splits.train.labels[rows]})
+            losses.append(float(metrics["loss"]))
+        answers = np.asarray(infer(state.params, state.extra["model"], splits.test.images)).argmax(-1)
+        return np.mean(losses[-10:]), np.mean(answers == splits.test.labels)
 
-    def one(key):
-        state = train.init(key, objective, tx, batch_of(jnp.arange(BATCH)))
-        extra = {**state.extra, "model": {**state.extra["model"], STANDARDISE: {"mean": mean, "std": std}}}
-        rows = jax.random.randint(jax.random.fold_in(key, 1), (STEPS, BATCH), 0, 512)
-        state, metrics = jax.lax.scan(lambda s, r: step(s, batch_of(r)), state.replace(extra=extra), rows)
-        outputs = forward(model, state.params, state.extra["model"], splits.test.images, train=False).outputs
-        return metrics["loss"][-10:].mean(), (outputs.argmax(-1) == splits.test.labels).mean()
-
-    trained = jax.jit(one)
-    import time
-
-    t = time.time()
-    jax.block_until_ready(trained(jax.random.key(0)))
-    print("first", time.time() - t)
-    t = time.time()
-    jax.block_until_ready(trained(jax.random.key(0)))
-    print("second", time.time() - t)
-    return np.asarray([trained(jax.random.key(seed)) for seed in range(SEEDS)]).T
+    return np.transpose([one(seed) for seed in range(SEEDS)])
 
 
 def test_bfloat16_learns_as_float32_does():
-    losses, accuracies = zip(*(learned(dtype) for dtype in ("float32", "bfloat16")), strict=True)
-    print(losses, accuracies)
+    """From the same starts, loss and accuracy are within the noise over seeds; untrained they are 2.3 and 0.1."""
+    splits = digits(test=200, validation=0.0)
+    objective = objectives.supervised(models.build("patchnet", outputs=10, **FORM))
+    batch = {"image": splits.train.images[:1]}
+    starts = [train.init(jax.random.key(seed), objective, TX, batch) for seed in range(SEEDS)]
+    whole, half = (learned(dtype, splits, starts) for dtype in ("float32", "bfloat16"))
+    assert whole[0].mean() < 0.5 and whole[1].mean() > 0.8
+    np.testing.assert_allclose(half.mean(1), whole.mean(1), atol=0.06)
+    assert (ttest_ind(half, whole, axis=1).pvalue > 0.01).all(), (whole, half)

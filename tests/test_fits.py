@@ -1,7 +1,5 @@
 """What does not fit is found before anything is trained: names without data, shapes and weights with them."""
 
-import dataclasses
-
 import jax
 import numpy as np
 import pytest
@@ -16,7 +14,7 @@ from jaxsd.errors import UserError
 from jaxsd.fits import check_fits
 from jaxsd.models import LinearProbe
 from jaxsd.recipe import Experiment, Recipe
-from jaxsd.stage import Stage, run_stage, start
+from jaxsd.stage import Run, Stage, run_stage, start
 from jaxsd.train import schedule
 
 SOURCE = source_of(8)
@@ -89,17 +87,8 @@ def test_what_a_stage_hands_on_is_fitted_before_the_first_is_trained(tmp_path):
 def test_the_shapes_are_those_that_training_ends_with():
     first, frozen = stage_of("first"), stage_of("frozen", Small(outputs=4, frozen=("block1",)), freeze=("block1",))
     begun = check_fits(frozen, SOURCE, check_fits(first, SOURCE))
-    experiment = Experiment(recipe_of(first, frozen), Splits("noise", SOURCE, None, None), "unused")
-    run = dataclasses.replace(frozen, spec={})
-    ended = run_stage(experiment_run(run), SOURCE)
+    ended = run_stage(Run(frozen, ("frozen",), 0, "", None, STANDARD), SOURCE)
     assert jax.tree.map(lambda x: (x.shape, x.dtype), begun) == jax.tree.map(lambda x: (x.shape, x.dtype), ended)
-    assert experiment.recipe.pretext("arm") == (first, frozen)
-
-
-def experiment_run(stage):
-    from jaxsd.stage import Run
-
-    return Run(stage, (stage.name,), 0, "", None, STANDARD)
 
 
 def test_positions_of_a_trunk_are_fitted_to_larger_images():
