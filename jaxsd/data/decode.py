@@ -197,6 +197,8 @@ def _decode(path: str, target: Layout) -> _Read:
     with Image.open(path, formats=FORMATS) as image:
         if max(image.size) > MAX_SIDE:
             raise Refused(f"too large: {image.width}x{image.height} pixels")
+        if image.format == "PNG":
+            _check_sums(path)
         if target.size is not None and target.canvas not in UNRESIZED and image.format in ("JPEG", "MPO"):
             _draft(image, target.size)
         # The further frames of an MPO file are other views of a camera's picture.
@@ -211,6 +213,12 @@ def _decode(path: str, target: Layout) -> _Read:
     pixels = np.asarray(fit(ImageOps.invert(upright) if inverted else upright, target))
     doubts = ["only the first of its frames or pages is read"] * several + [turn_doubt] * bool(turn_doubt)
     return _Read(pixels.reshape(*pixels.shape[:2], target.channels), "; ".join(doubts))
+
+
+def _check_sums(path: str) -> None:
+    """Raises where a checksum in a PNG file is wrong: when it loads pixels, Pillow does not look at theirs."""
+    with Image.open(path, formats=("PNG",)) as image:
+        image.verify()
 
 
 def _upright(image: Image.Image) -> tuple[Image.Image, str]:
