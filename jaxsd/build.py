@@ -3,12 +3,13 @@
 import difflib
 import inspect
 import json
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
 from jaxsd import data, models, weights
 from jaxsd.data.source import Source, Splits
-from jaxsd.data.split import split, subset
+from jaxsd.data.split import check_amount, check_way, split, subset
 from jaxsd.errors import UserError
 from jaxsd.evaluate import answers
 from jaxsd.models.probe import LinearProbe
@@ -111,8 +112,10 @@ def recipe(
 
 def _recipe(config: Config, shape: tuple[int, int, int], classes: int, scored: bool | None) -> Recipe:
     _known(config, CONFIG_KEYS, "config")
-    if not config["seeds"] or not all(isinstance(seed, int) and seed >= 0 for seed in config["seeds"]):
-        raise UserError(f"seeds must be whole numbers such as (0, 1, 2), got {config['seeds']!r}")
+    if not config["name"] or "/" in config["name"]:
+        raise UserError(f"name must be a word that can name a folder, got {config['name']!r}")
+    if not 0 <= config["save_seconds"] < math.inf:
+        raise UserError(f"save_seconds must be a number of seconds from 0, got {config['save_seconds']}")
     _check_call(DATA, config["data"], "data")
     if _has_pretext(config["pretext_data"]):
         _check_call(DATA, config["pretext_data"], "pretext_data")
@@ -143,15 +146,22 @@ def _recipe(config: Config, shape: tuple[int, int, int], classes: int, scored: b
             weights.check(first.model)
         except UserError as error:
             raise UserError(f"--config.init.weights: stage {first.name!r}: {error}") from error
+    parts = {part for stage in used.values() for part in stage.model.parts}
     for name, stage in used.items():
+        for module in stage.fresh:
+            _pick(dict.fromkeys(sorted(parts)), module.split("/")[0], f"stage {name!r}: fresh")
         _check_answers(name, config["stages"][name]["objective"]["name"], stage, classes, scored)
     if any(part["name"] == "patches" for parts in config["inputs"].values() for part in parts):
         raise UserError("inputs: patches are a stage's view, not an input of all stages: give them to the stages")
     for stage in stages.values():
         _pick({"labelled": None, **config["subsets"]}, stage.on, f"stage {stage.name!r}: on")
         for name in stage.match if stage.name in used else ():
-            _pick(used, name, f"stage {stage.name!r}: match")
+            _pick(stages, name, f"stage {stage.name!r}: match")
+            if name not in used:
+                raise UserError(f"stage {stage.name!r}: match: {name!r} is in no arm and shows no pixels: leave it out")
     baseline = _pick({name: name for name in config["arms"]}, config["baseline"], "baseline: arm")
+    if not config["evaluations"]:
+        raise UserError(f"evaluations: there is none: choose from {', '.join(EVALUATIONS)}")
     for name in config["evaluations"]:
         _pick(dict.fromkeys(EVALUATIONS), name, "evaluations")
     probes = {}
@@ -196,6 +206,7 @@ def splits(config: Config) -> Config:
         numbers = [part[key] for key in ("test", "folds") if key in part]
         if not numbers or any(numbers):
             found[name] = {key: value for key, value in part.items() if value}
+            _within(f"splits {name!r}", check_way, found[name])
     return found
 
 
@@ -213,7 +224,17 @@ def _like(stages: Config, name: str) -> Config:
 def _amount(part: Config, where: str) -> Config:
     """Arguments of data.split.subset; 0 stands for not given, so that the command line can take a number away."""
     _check(subset, part, where, given=("source", "seed"))
-    return {name: value for name, value in part.items() if value}
+    given = {name: value for name, value in part.items() if value}
+    _within(where, check_amount, given)
+    return given
+
+
+def _within(where: str, check: Callable, arguments: Config) -> None:
+    """Calls a check; its error says where."""
+    try:
+        check(**arguments)
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from error
 
 
 class _Builder:
@@ -289,6 +310,8 @@ class _Builder:
 def _init(part: Config) -> weights.Published | None:
     """The published weights that the first stage of every arm begins with, if the config names any."""
     if not part.get("weights"):
+        if part.get("standardise", "auto") != "auto":
+            raise UserError("--config.init.standardise says how published weights saw images: give init.weights too")
         return None
     _check(weights.published, part, "init")
     try:
@@ -316,6 +339,8 @@ def _schedule(spec: Config, epochs: int, where: str) -> schedule.Schedule:
     """The schedule; `shares` of the epochs may stand for milestones, and follow when the epochs are overridden."""
     plain = {k: v for k, v in spec.items() if k not in ("warmup", "shares")}
     if "shares" in spec:
+        if not all(0 < share < 1 for share in spec["shares"]):
+            raise UserError(f"{where}: schedule shares {spec['shares']} must be parts of the epochs, between 0 and 1")
         plain["milestones"] = tuple(share * epochs for share in spec["shares"])
     made = _call(SCHEDULES, plain, f"{where}: schedule")
     warm = spec.get("warmup")
@@ -326,7 +351,7 @@ def _schedule(spec: Config, epochs: int, where: str) -> schedule.Schedule:
 
 
 def _view(spec: Config) -> Callable:
-    if spec["name"] != "hybrid":
+    if not isinstance(spec, Mapping) or spec.get("name") != "hybrid":
         return _call(VIEWS, spec, "view")
     arguments = _arguments(spec)
     inner = _view(arguments.pop("view"))
@@ -346,6 +371,8 @@ def _call(table: Mapping[str, Callable], spec: Config, what: str) -> Any:
 
 def _check_call(table: Mapping[str, Callable], spec: Config, what: str) -> tuple[Callable, dict[str, Any]]:
     """The function that a spec names and its arguments, once they fit each other."""
+    if not isinstance(spec, Mapping) or "name" not in spec:
+        raise UserError(f"{what}: {spec!r} is no dict(name=..., ...): choose a name from {', '.join(table)}")
     function, arguments = _pick(table, spec["name"], what), _arguments(spec)
     _check(function, arguments, f"{what} {spec['name']!r}")
     return function, arguments

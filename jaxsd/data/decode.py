@@ -243,7 +243,8 @@ def _white_is_zero(image: Image.Image) -> bool:
 def _scale_transparency(image: Image.Image) -> None:
     """Scales the transparent colour of a PNG file as its pixels will be; Pillow leaves it as it is stored."""
     colour = image.info.get("transparency")
-    rawmode: Any = image.tile[0][3] if image.format == "PNG" and image.tile else ""
+    tiles: Any = getattr(image, "tile", None)
+    rawmode = tiles[0][3] if image.format == "PNG" and tiles else ""
     if rawmode in SCALED and isinstance(colour, int):
         image.info["transparency"] = colour * SCALED[rawmode]
     elif rawmode == "RGB;16B" and isinstance(colour, tuple):
