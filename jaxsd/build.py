@@ -112,8 +112,6 @@ def recipe(
 
 def _recipe(config: Config, shape: tuple[int, int, int], classes: int, scored: bool | None) -> Recipe:
     _known(config, CONFIG_KEYS, "config")
-    if not config["name"] or "/" in config["name"]:
-        raise UserError(f"name must be a word that can name a folder, got {config['name']!r}")
     if not 0 <= config["save_seconds"] < math.inf:
         raise UserError(f"save_seconds must be a number of seconds from 0, got {config['save_seconds']}")
     _check_call(DATA, config["data"], "data")
@@ -160,8 +158,6 @@ def _recipe(config: Config, shape: tuple[int, int, int], classes: int, scored: b
             if name not in used:
                 raise UserError(f"stage {stage.name!r}: match: {name!r} is in no arm and shows no pixels: leave it out")
     baseline = _pick({name: name for name in config["arms"]}, config["baseline"], "baseline: arm")
-    if not config["evaluations"]:
-        raise UserError(f"evaluations: there is none: choose from {', '.join(EVALUATIONS)}")
     for name in config["evaluations"]:
         _pick(dict.fromkeys(EVALUATIONS), name, "evaluations")
     probes = {}

@@ -10,7 +10,7 @@ from jaxsd import build, command, main
 
 ROOT = Path(__file__).parents[1]
 SCALE, ROTNET, PATCHES = "scalenet", "rotnet", "patches"
-FOLDER = ("scalenet:folder", "data.path=FOLDER")
+KONIQ = "patches:koniq"
 # (config, overrides, what is said)
 MISTAKES = [
     (SCALE, ["sed=3"], "--config has no key 'sed'. Did you mean \"seeds\"? Its keys are"),
@@ -23,7 +23,7 @@ MISTAKES = [
     (SCALE, ["preset=tiny"], "--config.preset cannot be set by a flag"),
     (SCALE, ["seeds=()"], "seeds must be whole numbers"),
     (SCALE, ["seeds="], "seeds must be whole numbers"),
-    (SCALE, ["seeds=(0,0)"], "seeds: one stands twice in (0, 0)"),
+    (SCALE, ["seeds=(0,0)"], "seeds must be one or more, each once: got (0, 0)"),
     (SCALE, ["seeds=(0,-1)"], "seeds must be whole numbers"),
     (SCALE, ["seeds=(0,1.5)"], "seeds must be whole numbers"),
     (SCALE, ["seeds=(True,)"], "seeds must be whole numbers"),
@@ -57,11 +57,10 @@ MISTAKES = [
     (SCALE, ["arms.rotnet=('rotnet','rotnet')"], "arm 'rotnet': a stage stands twice"),
     (SCALE, ["baseline=scrach"], "baseline: arm: 'scrach' is unknown: choose from scratch"),
     (SCALE, ["evaluations=('fintune',)"], "evaluations: 'fintune' is unknown: choose from finetune"),
-    (SCALE, ["evaluations=()"], "evaluations: there is none: choose from pretext"),
-    (SCALE, ["evaluations=('knn','knn')"], "evaluations: one stands twice"),
+    (SCALE, ["evaluations=()"], "evaluations must be one or more, each once: got ()"),
+    (SCALE, ["evaluations=('knn','knn')"], "evaluations must be one or more, each once: got ('knn', 'knn')"),
     (SCALE, ["attention=maybe"], "--config.attention=maybe"),
     (SCALE, ["save_seconds=-1"], "save_seconds must be a number of seconds from 0"),
-    (SCALE, ["name=a/b"], "name must be a word"),
     (SCALE, ["init.weights=nothing"], "--config.init.weights: the file of weights nothing is not there"),
     (SCALE, ["init.standardise=imagenet"], "init.standardise says how published weights saw images"),
     ("scalenet:tny", [], "configs/scalenet.py has no preset 'tny': choose from tiny"),
@@ -79,6 +78,8 @@ MISTAKES = [
     (PATCHES, ["stages.patch8.model.grow=9"], "patchnet has 3 blocks, so it cannot use the first 9"),
     (PATCHES, ["stages.patch8.view[0].size=0"], "patches need a size"),
     (PATCHES, ["splits.by_scene.test=1.5"], "splits 'by_scene': the share of test images must be above 0 and below 1"),
+    (KONIQ, ["data.path=X", "splits.random.test=0", "splits.random.folds=1"], "splits 'random': k-fold splits need a"),
+    (KONIQ, ["data.path=X", "splits.random.folds=5"], "splits 'random': a split has a share of test images or folds"),
     (PATCHES, ["splits.by_scene.by=sceen"], "splits 'by_scene': a split is by 'group' or by 'image': got 'sceen'"),
     (PATCHES, ["model.patch=7"], "patchnet begins with patches of"),
     (PATCHES, ["stages.patch8.objective.loss=l3"], "unknown loss 'l3'"),
