@@ -1,12 +1,13 @@
 """From a config to a recipe: the only file that sees a config, and the only one with tables of names."""
 
 import json
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
 from jaxsd import data, models, weights
 from jaxsd.data.source import Source, Splits
-from jaxsd.data.split import split, subset
+from jaxsd.data.split import check_amount, check_way, split, subset
 from jaxsd.errors import UserError
 from jaxsd.evaluate import answers
 from jaxsd.models.probe import LinearProbe
@@ -138,6 +139,8 @@ def _recipe(config: Config, shape: tuple[int, int, int] | None, classes: int, sc
 def _check_config(config: Config, classes: int) -> None:
     """Raises UserError for what is wrong whatever the stages are."""
     check_keys(config, CONFIG_KEYS, "config")
+    if not 0 <= config["save_seconds"] < math.inf:
+        raise UserError(f"save_seconds must be a number of seconds from 0, got {config['save_seconds']}")
     if not config["seeds"] or not all(isinstance(seed, int) and seed >= 0 for seed in config["seeds"]):
         raise UserError(f"seeds must be whole numbers such as (0, 1, 2), got {config['seeds']!r}")
     check_call(DATA, config["data"], "data")
@@ -188,7 +191,9 @@ def _check_stages(
     for stage in stages.values():
         pick({"labelled": None, **config["subsets"]}, stage.on, f"stage {stage.name!r}: on")
         for name in stage.match if stage.name in used else ():
-            pick(used, name, f"stage {stage.name!r}: match")
+            pick(stages, name, f"stage {stage.name!r}: match")
+            if name not in used:
+                raise UserError(f"stage {stage.name!r}: match: {name!r} is in no arm and shows no pixels: leave it out")
 
 
 def _check_answers(name: str, objective: str, stage: Stage, classes: int, scored: bool | None) -> None:
@@ -215,6 +220,7 @@ def splits(config: Config) -> Config:
         numbers = [part[key] for key in ("test", "folds") if key in part]
         if not numbers or any(numbers):
             found[name] = {key: value for key, value in part.items() if value}
+            _within(f"splits {name!r}", check_way, found[name])
     return found
 
 
@@ -231,9 +237,20 @@ def _like(stages: Config, name: str) -> Config:
 
 def _amounts(config: Config, kind: str) -> dict[str, Config]:
     """Arguments of data.split.subset by name; 0 stands for not given: so the command line can take a number away."""
+    found = {}
     for name, part in config[kind].items():
         check(subset, part, f"{kind} {name!r}", given=("source", "seed"))
-    return {name: {k: v for k, v in part.items() if v} for name, part in config[kind].items()}
+        found[name] = {key: value for key, value in part.items() if value}
+        _within(f"{kind} {name!r}", check_amount, found[name])
+    return found
+
+
+def _within(where: str, checked: Callable, given: Config) -> None:
+    """Calls a check; its error says where."""
+    try:
+        checked(**given)
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from error
 
 
 class _Builder:
@@ -319,6 +336,8 @@ def _init(part: Config) -> weights.Published | None:
     """The published weights that the first stage of every arm begins with, if the config names any."""
     check_known(weights.published, part, "init")
     if not part.get("weights"):
+        if part.get("standardise", "auto") != "auto":
+            raise UserError("--config.init.standardise says how published weights saw images: give init.weights too")
         return None
     try:
         found = weights.published(**part)
@@ -345,6 +364,8 @@ def _schedule(spec: Config, epochs: int, where: str) -> schedule.Schedule:
     """The schedule; `shares` of the epochs may stand for milestones, and follow when the epochs are overridden."""
     plain = {k: v for k, v in spec.items() if k not in ("warmup", "shares")}
     if "shares" in spec:
+        if not all(0 < share < 1 for share in spec["shares"]):
+            raise UserError(f"{where}: schedule shares {spec['shares']} must be parts of the epochs, between 0 and 1")
         plain["milestones"] = tuple(share * epochs for share in spec["shares"])
     made = call(SCHEDULES, plain, f"{where}: schedule")
     warm = spec.get("warmup")
@@ -355,7 +376,7 @@ def _schedule(spec: Config, epochs: int, where: str) -> schedule.Schedule:
 
 
 def _view(spec: Config) -> Callable:
-    if spec["name"] != "hybrid":
+    if not isinstance(spec, Mapping) or spec.get("name") != "hybrid":
         return call(VIEWS, spec, "view")
     given = arguments(spec)
     inner = _view(given.pop("view"))

@@ -3,6 +3,9 @@
 Exit status: 0 done, 1 failed while running, 2 wrong use (flag, config, data), 128 + n stopped by signal n after saving.
 """
 
+import difflib
+import re
+import shlex
 import signal
 import sys
 import traceback
@@ -12,18 +15,27 @@ from typing import Any
 from absl import flags
 from ml_collections import config_flags
 
-FLAGS = flags.FLAGS
-# Keys that a config does not name may be given too (options of its network, for one): `build` knows which there are.
-CONFIG = config_flags.DEFINE_config_file(
-    "config",
-    None,
-    "config file, with a preset after a colon: configs/scalenet.py:folder",
-    lock_config=False,
-    accept_new_attributes=True,
-)
-flags.DEFINE_string("workdir", None, "where to write; default runs/NAME or runs/NAME-PRESET")
-flags.DEFINE_list("only", [], "arms to train, separated by commas; default all")
-flags.DEFINE_bool("reuse", False, "keep the stages of the workdir that match the config and train the others again")
+CONFIG_HELP = "config file, with a preset after a colon: configs/scalenet.py:folder"
+OVERRIDES = """  --config.KEY=VALUE overrides a value: --config.stages.finetune.epochs=40
+              --config.seeds='(0,1,2)' are three seeds; --config.seeds=3 is one, the seed 3
+  The keys and values of a config: python -m jaxsd.main --config=configs/scalenet.py:tiny --print"""
+
+
+def defined(argv: list[str]) -> flags.FlagValues:
+    """The flags that there are, not parsed yet."""
+    values = flags.FlagValues()
+    # Options that a config does not name may be given too, see `_check_overrides`.
+    config_flags.DEFINE_config_file(
+        "config", None, CONFIG_HELP, values, lock_config=False, accept_new_attributes=True, sys_argv=argv
+    )
+    where = "where to write; default runs/NAME or runs/NAME-PRESET"
+    flags.DEFINE_string("workdir", None, where, flag_values=values)
+    flags.DEFINE_list("only", [], "arms to train, separated by commas; default all", flag_values=values)
+    again = "keep the stages of the workdir that match the config and train the others again"
+    flags.DEFINE_bool("reuse", False, again, flag_values=values)
+    shown = "print the keys and values of the config, as flags that can be given, and stop"
+    flags.DEFINE_bool("print", False, shown, flag_values=values)
+    return values
 
 
 def main(argv: list[str]) -> int:
@@ -34,8 +46,11 @@ def main(argv: list[str]) -> int:
         print(usage())
         return 0
     try:
-        config = parse(argv)
-        run(config, FLAGS.workdir, tuple(FLAGS.only), FLAGS.reuse)
+        config, given = read(argv)
+        if given.print:
+            print("\n".join(as_flags(config)))
+        else:
+            run(config, given.workdir, tuple(given.only), given.reuse)
         return 0
     except Stopped as stopped:
         print(f"jaxsd: {stopped}", file=sys.stderr)
@@ -50,9 +65,9 @@ def main(argv: list[str]) -> int:
 
 def usage() -> str:
     """What --help prints."""
-    lines = [f"  --{name:10}{FLAGS[name].help}" for name in ("config", "workdir", "only", "reuse")]
-    lines.append("  --config.KEY=VALUE overrides a value: --config.seeds='(0,1)' --config.stages.finetune.epochs=40")
-    return f"{__doc__}\n" + "\n".join(lines)
+    values = defined([])
+    lines = [f"  --{name:10}{values[name].help}" for name in ("config", "workdir", "only", "reuse", "print")]
+    return f"{__doc__}\n" + "\n".join([*lines, OVERRIDES])
 
 
 def _failed(error: Exception | str, status: int) -> int:
@@ -65,30 +80,92 @@ def _failed(error: Exception | str, status: int) -> int:
 
 def parse(argv: list[str]) -> dict[str, Any]:
     """The config as a plain dict, with overrides from the command line; UserError for anything that does not fit."""
+    return read(argv)[0]
+
+
+def read(argv: list[str]) -> tuple[dict[str, Any], flags.FlagValues]:
+    """The config as a plain dict, with overrides from the command line, and the other flags.
+
+    Raises UserError for anything that does not fit.
+    """
+    from jaxsd.errors import UserError
+
+    path = _config_path(argv)
+    if path is None:
+        raise UserError("--config is missing: for example --config=configs/scalenet.py")
+    if not Path(path.split(":")[0]).is_file():
+        raise UserError(f"--config: there is no file {path.split(':')[0]}: for example --config=configs/scalenet.py")
+    try:
+        alone = defined(argv[:1])
+        alone([argv[0], f"--config={path}"])
+        _check_overrides(argv, plain(alone.config))
+        values = defined(argv)
+        rest = values(argv)
+        config = plain(values.config)
+    except UserError:
+        raise
+    except flags.Error as error:
+        if unset := re.match(r"Type <class 'NoneType'> of field (\S+) is not supported", str(error)):
+            raise UserError(f"--{unset[1]} cannot be set by a flag: set it in the config file") from error
+        # What a config file raises arrives as the text of a traceback; its last line says what is wrong.
+        raise UserError(str(error).strip().splitlines()[-1].removeprefix("ValueError: ")) from error
+    except (TypeError, ValueError) as error:
+        raise UserError(f"--config: {error}") from error
+    except Exception as error:  # a config file is a program, which can raise anything
+        raise UserError(f"--config: {path} cannot be loaded ({type(error).__name__}: {error})") from error
+    if len(rest) > 1:
+        raise UserError(f"{rest[1]!r} is no flag: every option starts with --")
+    return config, values
+
+
+def _check_overrides(argv: list[str], config: dict[str, Any]) -> None:
+    """Raises UserError for a flag --config.KEY of a key that is not in the config, with the keys that are.
+
+    Further arguments of what has a `name` (a network, an optimiser) pass: `build` knows which there are.
+    """
     from jaxsd.errors import UserError
 
     for flag in argv[1:]:
-        name, _, value = flag.partition("=")
-        if name.lstrip("-") == "config" and value and not Path(value.split(":")[0]).is_file():
-            raise UserError(
-                f"--config: there is no file {value.split(':')[0]}: for example --config=configs/scalenet.py"
-            )
-    try:
-        rest = FLAGS(argv)
-        config = CONFIG.value
-    except flags.Error as error:
-        # What a config file raises arrives as the text of a traceback; its last line says what is wrong.
-        raise UserError(str(error).strip().splitlines()[-1].removeprefix("ValueError: ")) from error
-    except (AttributeError, KeyError) as error:  # an override of a key that is not there
-        text = str(error).strip("'\"").replace("\\n", " ").replace("\\'", "'")
-        raise UserError(f"--config: there is no key {text}") from error
-    except (TypeError, ValueError) as error:
-        raise UserError(f"--config: {error}") from error
-    if len(rest) > 1:
-        raise UserError(f"{rest[1]!r} is no flag: every option starts with --")
-    if config is None:
-        raise UserError("--config is missing: for example --config=configs/scalenet.py")
-    return plain(config)
+        found = re.match(r"--?(?:no)?config\.([^=]+)", flag)
+        value, place = config, "--config"
+        parts = re.findall(r"[^.\[\]]+", found[1]) if found else []
+        for part in parts:
+            if isinstance(value, tuple):
+                if not part.isdigit() or int(part) >= len(value):
+                    raise UserError(f"{place} has no entry {part!r}: its {len(value)} entries are {place}[0], ...")
+                value, place = value[int(part)], f"{place}[{part}]"
+                continue
+            if not isinstance(value, dict):
+                raise UserError(f"{place} has no keys, so no {part!r}: its value is {value!r}")
+            if part not in value and value is not config and "name" in value and part is parts[-1]:
+                break
+            if part not in value:
+                near = difflib.get_close_matches(part, value, 1)
+                mean = f'Did you mean "{near[0]}"? ' if near else ""
+                raise UserError(f"{place} has no key {part!r}. {mean}Its keys are {', '.join(value)}")
+            value, place = value[part], f"{place}.{part}"
+
+
+def _config_path(argv: list[str]) -> str | None:
+    """What --config is given, as one word with the flag or as the next."""
+    for flag, following in zip(argv[1:], [*argv[2:], ""], strict=True):
+        name, equals, value = flag.partition("=")
+        if name in ("-config", "--config"):
+            return value if equals else following
+    return None
+
+
+def as_flags(config: dict[str, Any], key: str = "--config") -> list[str]:
+    """The values of a config, each as a flag that sets it, quoted for the shell; what is not set as a comment."""
+    lines = []
+    for name, value in config.items():
+        if isinstance(value, dict) and value:
+            lines += as_flags(value, f"{key}.{name}")
+        elif value is None or value == {}:
+            lines.append(f"# {key}.{name} is not set")
+        else:
+            lines.append(f"{key}.{name}={shlex.quote(value if isinstance(value, str) else repr(value))}")
+    return lines
 
 
 def plain(config: Any) -> Any:

@@ -26,6 +26,8 @@ def call(table: Mapping[str, Callable], spec: Config, what: str) -> Any:
 
 def check_call(table: Mapping[str, Callable], spec: Config, what: str) -> tuple[Callable, dict[str, Any]]:
     """The function that a spec names and its arguments, once they fit each other."""
+    if not isinstance(spec, Mapping) or "name" not in spec:
+        raise UserError(f"{what}: {spec!r} is no dict(name=..., ...): choose a name from {', '.join(table)}")
     function, given = pick(table, spec["name"], what), arguments(spec)
     check(function, given, f"{what} {spec['name']!r}")
     return function, given

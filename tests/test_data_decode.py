@@ -13,7 +13,7 @@ RED = (255, 0, 0)
 
 
 def decoded(path, size=None, canvas="crop", channels=3):
-    images, bad, _ = decode_all([str(path)], [path.name], layout(size, canvas, channels))
+    images, bad, *_ = decode_all([str(path)], [path.name], layout(size, canvas, channels))
     assert not bad, bad
     return images[0]
 
@@ -188,7 +188,7 @@ def broken(folder):
 def test_files_that_give_no_image_are_told_with_the_reason(tmp_path):
     whole, reasons = broken(tmp_path)
     names = [*reasons, whole.name]
-    images, bad, lasting = decode_all([str(tmp_path / name) for name in names], names, layout(16, "crop", 3))
+    images, bad, _, lasting = decode_all([str(tmp_path / name) for name in names], names, layout(16, "crop", 3))
     assert images.shape == (1, 16, 16, 3)
     assert {names[position] for position in bad} == set(reasons)
     for position, said in bad.items():

@@ -94,7 +94,7 @@ def test_a_large_jpeg_is_cut_at_full_size(tmp_path):
     scene = np.random.default_rng(0).integers(0, 256, (90, 160, 3), np.uint8)
     Image.fromarray(scene).save(tmp_path / "a.jpg")
     whole = np.asarray(Image.open(tmp_path / "a.jpg"))
-    images, bad, _ = decode_all([str(tmp_path / "a.jpg")], ["a.jpg"], layout((10, 16), "zeros", 3))
+    images, bad, *_ = decode_all([str(tmp_path / "a.jpg")], ["a.jpg"], layout((10, 16), "zeros", 3))
     assert not bad and np.array_equal(images[0], whole[40:50, 72:88])
 
 

@@ -15,8 +15,8 @@ from jaxsd.data.decode import Decoded, Layout, decode_all
 from jaxsd.data.files import Entry
 from jaxsd.errors import UserError
 
-FORMAT = 1  # raise when the meaning of cached pixels changes
-SHOWN = 20  # unreadable files named in an error
+FORMAT = 2  # raise when the meaning of cached pixels changes
+SHOWN = 20  # files named in an error or a warning
 
 
 def read_images(
@@ -26,18 +26,31 @@ def read_images(
 
     on_bad_image: "skip", or "error" to raise UserError with these names. cache: folder for decoded images, "auto" for
     the user's cache folder, None or "" for none. of: as in `decode_cached`.
+    Files that were read but may not show what is meant are named in a warning.
     """
     if on_bad_image not in ("error", "skip"):
         raise UserError(f"on_bad_image must be 'error' or 'skip': got '{on_bad_image}'")
     decoded = decode_cached(root, entries, target, chosen_folder(cache), of=of)
-    skipped = tuple(f"{entries[position].name} ({reason})" for position, reason in decoded.bad.items())
+    skipped = _named(entries, decoded.bad)
     if skipped and on_bad_image == "error":
-        more = f" and {len(skipped) - SHOWN} more" if len(skipped) > SHOWN else ""
         raise UserError(
-            f"{len(skipped)} images in {root} cannot be read: {', '.join(skipped[:SHOWN])}{more}; "
+            f"{len(skipped)} images in {root} cannot be read: {_some(skipped)}; "
             "repair or remove them, or leave them out with on_bad_image='skip'"
         )
+    if doubts := _named(entries, decoded.doubts):
+        logging.getLogger(__name__).warning(
+            "%d images in %s are read, but look at them: %s", len(doubts), root, _some(doubts)
+        )
     return decoded, skipped
+
+
+def _named(entries: list[Entry], reasons: Mapping[int, str]) -> tuple[str, ...]:
+    return tuple(f"{entries[position].name} ({reason})" for position, reason in reasons.items())
+
+
+def _some(names: tuple[str, ...]) -> str:
+    more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
+    return ", ".join(names[:SHOWN]) + more
 
 
 def decode_cached(root: Path, entries: list[Entry], target: Layout, folder: Path | None, *, of: str = "") -> Decoded:
@@ -56,11 +69,15 @@ def decode_cached(root: Path, entries: list[Entry], target: Layout, folder: Path
     path = folder / f"{root.resolve().name or 'images'}-{place[:16]}.npz"
     kept = _read(path, key)
     if kept is not None:
-        bad = {int(position): reason for position, reason in json.loads(str(kept["bad"])).items()}
-        return Decoded(kept["images"], bad)
+        bad, doubts = (
+            {int(position): reason for position, reason in reasons.items()}
+            for reasons in json.loads(str(kept["reasons"]))
+        )
+        return Decoded(kept["images"], bad, doubts)
     decoded = decode_all(paths, names, target)
     if decoded.lasting:
-        _write(path, key, {"bad": np.array(json.dumps(decoded.bad)), "images": decoded.images})
+        reasons = np.array(json.dumps([decoded.bad, decoded.doubts]))
+        _write(path, key, {"reasons": reasons, "images": decoded.images})
     return decoded
 
 

@@ -1,10 +1,12 @@
 """Image files to uint8 arrays of one size."""
 
 import os
+import stat
+import threading
 import warnings
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
@@ -17,6 +19,11 @@ UNRESIZED = ("reflect", "zeros")  # canvases that keep every pixel as it is
 CANVASES = ("crop", "pad", "squash", *UNRESIZED)
 MAX_SIDE = 30_000  # pixels; beyond, a file is an accident or an attack. Pillow itself refuses 179 million pixels
 RESAMPLING = Image.Resampling.BICUBIC  # in Pillow always antialiased
+# How Pillow's warnings begin where a directory of TIFF tags, which EXIF data are too, is damaged.
+DAMAGED_TAGS = ("Corrupt EXIF data", "Possibly corrupt EXIF data", "Tag ", "Truncated File Read")
+EXIF_HEADERS = (b"", b"II*\0", b"MM\0*")
+PHOTOMETRIC, WHITE_IS_ZERO = 262, 0  # a TIFF tag and one of its values
+SCALED = {"1": 255, "L;2": 85, "L;4": 17}  # what Pillow multiplies a PNG's gray levels of few bits by
 
 
 class Layout(NamedTuple):
@@ -32,7 +39,12 @@ class Decoded(NamedTuple):
 
     images: np.ndarray  # uint8 [N, H, W, C]
     bad: dict[int, str]  # position of each unreadable file -> the reason
+    doubts: dict[int, str]  # position of each file that was read, but may not show what is meant -> the reason
     lasting: bool = True  # False where the system failed to give a file, which may go better next time
+
+
+class Refused(ValueError):
+    """A file that is understood, but not taken as an image; says why."""
 
 
 class _Unreadable(NamedTuple):
@@ -40,6 +52,26 @@ class _Unreadable(NamedTuple):
 
     reason: str
     lasting: bool = True
+
+
+class _Read(NamedTuple):
+    """The image of a file."""
+
+    pixels: np.ndarray  # uint8 [H, W, C]
+    doubt: str
+
+
+class _Warned(threading.local):
+    """What Pillow has warned of while this thread read its present file."""
+
+    def __init__(self):
+        self.texts: list[str] = []
+
+    def of_damaged_tags(self) -> bool:
+        return any(text.startswith(DAMAGED_TAGS) for text in self.texts)
+
+
+_warned = _Warned()
 
 
 def layout(size: int | tuple[int, int] | None, canvas: str, channels: int) -> Layout:
@@ -62,25 +94,30 @@ def decode_all(paths: Sequence[str], names: Sequence[str], target: Layout) -> De
     out: np.ndarray = np.empty((0, 0, 0, 0), np.uint8)
     first, count, lasting = "", 0, True
     bad: dict[int, str] = {}
+    doubts: dict[int, str] = {}
     pool = ThreadPoolExecutor(cores())
     with warnings.catch_warnings(), tqdm(total=len(paths), desc="reading images", unit="", disable=None) as bar:
-        warnings.simplefilter("ignore")  # Pillow's, about odd but readable files
+        warnings.simplefilter("always")
+        warnings.showwarning = lambda message, *_, **__: _warned.texts.append(str(message))
         try:
             for position, result in enumerate(pool.map(lambda path: _decode_or_reason(path, target), paths)):
                 bar.update()
                 if isinstance(result, _Unreadable):
                     bad[position], lasting = result.reason, lasting and result.lasting
                     continue
+                pixels = result.pixels
                 if not count:
-                    first, out = names[position], np.empty((len(paths), *result.shape), np.uint8)
-                if result.shape != out.shape[1:]:
-                    one, other = (f"{width}x{height}" for height, width, _ in (out.shape[1:], result.shape))
+                    first, out = names[position], np.empty((len(paths), *pixels.shape), np.uint8)
+                if pixels.shape != out.shape[1:]:
+                    one, other = (f"{width}x{height}" for height, width, _ in (out.shape[1:], pixels.shape))
                     raise UserError(f"images differ in size ({first} {one}, {names[position]} {other}): give size")
-                out[count] = result
+                out[count] = pixels
                 count += 1
+                if result.doubt:
+                    doubts[position] = result.doubt
         finally:
             pool.shutdown(cancel_futures=True)
-    return Decoded(out[:count], bad, lasting)
+    return Decoded(out[:count], bad, doubts, lasting)
 
 
 def fit(image: Image.Image, target: Layout) -> Image.Image:
@@ -119,43 +156,99 @@ def eight_bit(image: Image.Image, channels: int) -> Image.Image:
     if image.mode.startswith("I"):
         levels = np.asarray(image)
         if levels.min() < 0 or levels.max() > 65535:
-            raise ValueError("32-bit levels: save it with 8 or 16 bits")
-        image = Image.fromarray(np.rint(levels / 257).astype(np.uint8))
-    if image.mode == "F":
-        raise ValueError("floating-point levels: save it with 8 or 16 bits")
+            raise Refused("32-bit levels: save it with 8 or 16 bits")
+        shown = np.where(levels == image.info.get("transparency"), 255, np.rint(levels / 257))
+        image = Image.fromarray(shown.astype(np.uint8))
+    if image.mode in ("F", "LAB"):
+        kind = "floating-point levels" if image.mode == "F" else "CIELAB colours"
+        raise Refused(f"{kind}: save it as gray or RGB with 8 or 16 bits")
     if image.has_transparency_data:
         layer = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), layer).convert("RGB")
     return image.convert("L" if channels == 1 else "RGB")
 
 
-def _decode_or_reason(path: str, target: Layout) -> np.ndarray | _Unreadable:
-    """A decoded image uint8 [H, W, C], or why there is none."""
+def _decode_or_reason(path: str, target: Layout) -> _Read | _Unreadable:
+    """A decoded image, or why there is none."""
     try:
         return _decode(path, target)
     except UnidentifiedImageError:
         return _Unreadable("no image of a known format")
     except Image.DecompressionBombError:
         return _Unreadable("too large")
+    except Refused as error:
+        return _Unreadable(str(error))
     except (OSError, MemoryError) as error:
-        system = isinstance(error, MemoryError) or error.errno is not None  # Pillow's own errors have no number
-        return _Unreadable(getattr(error, "strerror", None) or _first_line(error), lasting=not system)
+        if isinstance(error, MemoryError) or error.errno is not None:  # Pillow's own errors have no number
+            return _Unreadable(getattr(error, "strerror", None) or "not enough memory", lasting=False)
+        return _Unreadable(f"damaged: {_first_line(error)}")
     except Exception as error:  # Pillow's readers let nearly any exception out when bytes are wrong
-        return _Unreadable(_first_line(error))
+        return _Unreadable(f"damaged: {_first_line(error)}")
 
 
-def _decode(path: str, target: Layout) -> np.ndarray:
-    if os.path.getsize(path) == 0:
-        raise ValueError("empty file")
+def _decode(path: str, target: Layout) -> _Read:
+    """Raises nearly anything where a file is no whole image."""
+    status = os.stat(path)
+    if not stat.S_ISREG(status.st_mode):  # to open a pipe would wait for its other end
+        raise Refused("no regular file")
+    if not status.st_size:
+        raise Refused("empty file")
+    _warned.texts = []
     with Image.open(path, formats=FORMATS) as image:
         if max(image.size) > MAX_SIDE:
-            raise ValueError(f"too large: {image.width}x{image.height} pixels")
+            raise Refused(f"too large: {image.width}x{image.height} pixels")
+        if image.format == "PNG":
+            _check_sums(path)
         if target.size is not None and target.canvas not in UNRESIZED and image.format in ("JPEG", "MPO"):
             _draft(image, target.size)
+        # The further frames of an MPO file are other views of a camera's picture.
+        several = image.format != "MPO" and getattr(image, "is_animated", False)
+        inverted = _white_is_zero(image)
+        _scale_transparency(image)
         image.load()  # the first frame where there are several
-        upright = eight_bit(ImageOps.exif_transpose(image), target.channels)
-    pixels = np.asarray(fit(upright, target))
-    return pixels.reshape(*pixels.shape[:2], target.channels)
+        if image.format == "TIFF" and _warned.of_damaged_tags():
+            raise Refused("damaged: its directory of tags is not whole")
+        turned, turn_doubt = _upright(image)
+        upright = eight_bit(turned, target.channels)
+    pixels = np.asarray(fit(ImageOps.invert(upright) if inverted else upright, target))
+    doubts = ["only the first of its frames or pages is read"] * several + [turn_doubt] * bool(turn_doubt)
+    return _Read(pixels.reshape(*pixels.shape[:2], target.channels), "; ".join(doubts))
+
+
+def _check_sums(path: str) -> None:
+    """Raises where a checksum in a PNG file is wrong: when it loads pixels, Pillow does not look at theirs."""
+    with Image.open(path, formats=("PNG",)) as image:
+        image.verify()
+
+
+def _upright(image: Image.Image) -> tuple[Image.Image, str]:
+    """A loaded image turned as its EXIF data say, and why that may be wrong, in words."""
+    doubt = "its EXIF data are damaged, so it may not be upright"
+    header = image.info.get("exif", b"")[:10].removeprefix(b"Exif\0\0")[:4]
+    try:
+        turned = ImageOps.exif_transpose(image)
+    except MemoryError:
+        raise
+    except Exception:  # whatever the bytes lead to
+        return image, doubt
+    return turned, doubt if header not in EXIF_HEADERS or _warned.of_damaged_tags() else ""
+
+
+def _white_is_zero(image: Image.Image) -> bool:
+    """Whether this is a TIFF file whose 16-bit levels count from white to black: Pillow inverts 8-bit ones only."""
+    tags: Any = getattr(image, "tag_v2", {})
+    return image.mode.startswith("I") and tags.get(PHOTOMETRIC) == WHITE_IS_ZERO
+
+
+def _scale_transparency(image: Image.Image) -> None:
+    """Scales the transparent colour of a PNG file as its pixels will be; Pillow leaves it as it is stored."""
+    colour = image.info.get("transparency")
+    tiles: Any = getattr(image, "tile", None)
+    rawmode = tiles[0][3] if image.format == "PNG" and tiles else ""
+    if rawmode in SCALED and isinstance(colour, int):
+        image.info["transparency"] = colour * SCALED[rawmode]
+    elif rawmode == "RGB;16B" and isinstance(colour, tuple):
+        image.info["transparency"] = tuple(level >> 8 for level in colour)
 
 
 def _draft(image: Image.Image, size: tuple[int, int]) -> None:

@@ -4,7 +4,8 @@ import logging
 import os
 import re
 import unicodedata
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
@@ -25,7 +26,7 @@ class Entry(NamedTuple):
 
     split: str  # "train", "validation" or "test"
     category: str | None  # class name; None in a folder without class folders
-    name: str  # path relative to the folder, with "/" and in Unicode's composed form on every system
+    name: str  # path relative to the folder, with "/", in Unicode's composed form on every system, and `printable`
     path: str
     stamp: tuple[int, int, int]  # size and times of last change: another stamp means the file may have changed
     group: str = ""  # the scene that it shows, where that is known
@@ -37,19 +38,21 @@ def scan(root: Path, *, test: str | None = None, groups: str | None = None) -> l
     The folder holds one folder per class, or a level train / val / test above the class folders, or images only
     (then there are no classes). The level is taken as one where a folder `train` has nothing or a validation or
     test folder beside it, so that "train" may also be a class among others; other folders beside are passed over.
-    test: the folder that is the test split. Class folders are searched to any depth; hidden files and files that are
-    no images are passed over. groups: a regular expression for the scene in a name below the split's folder.
+    test: the folder that is the test split. Class folders are searched to any depth; hidden files are passed over, and
+    files without the name of an image, whose number is told in the log. groups: a regular expression for the scene in a
+    name below the split's folder.
     Raises UserError where the layout is none of these, where a split has a class that train lacks, or where `groups`
     does not tell scenes apart.
     """
     pattern = _pattern(groups) if groups else None
-    if not root.exists():
+    if not os.path.exists(root):  # unlike Path.exists, False for a path that the system refuses too
         raise UserError(f"the image folder {root} does not exist: check the path")
     if not root.is_dir():
         raise UserError(f"{root} is not a folder: give the folder that holds the class folders")
     entries = []
+    others: Counter[str] = Counter()
     for split, folder in _split_folders(root, test).items():
-        found = _split_entries(root, split, folder)
+        found = _split_entries(root, split, folder, others)
         if not found:
             raise UserError(f"no images were found in {folder}: it needs class folders with JPEG, PNG, ... files")
         level = "" if folder == root else unicodedata.normalize("NFC", folder.name) + "/"
@@ -57,6 +60,9 @@ def scan(root: Path, *, test: str | None = None, groups: str | None = None) -> l
     _check_classes(root, entries)
     if groups:
         _check_groups(root, entries, groups)
+    if others:
+        kinds = ", ".join(f"{count} {suffix or 'without a suffix'}" for suffix, count in others.most_common(10))
+        logging.getLogger(__name__).info("passed over in %s, as they have no image's name: %s", root, kinds)
     return entries
 
 
@@ -86,7 +92,7 @@ def listed(root: Path, names: Sequence[str], of: str) -> list[Entry]:
         if path in first:
             raise UserError(f"{of} names the same file twice, {first[path]} and {name}: keep one of them")
         first[path] = name
-        entries.append(Entry("train", None, str(_place(name)), path, _stamp(os.stat(path))))
+        entries.append(Entry("train", None, printable(str(_place(name))), path, _stamp(os.stat(path))))
     return entries
 
 
@@ -124,7 +130,7 @@ def _contents(folder: str) -> dict[str, str]:
 
 def _split_folders(root: Path, test: str | None) -> dict[str, Path]:
     """The folder of every split; the root itself is the training split where there is no level of splits."""
-    folders = {item.name.lower(): Path(item.path) for item in _visible(root) if item.is_dir()}
+    folders = {item.name.lower(): Path(item.path) for item in _visible(root) if _is_folder(item)}
     found: dict[str, Path] = {}
     for split, names in SPLIT_NAMES.items():
         present = [name for name in names if name in folders]
@@ -149,16 +155,17 @@ def _split_folders(root: Path, test: str | None) -> dict[str, Path]:
     return {"train": root}
 
 
-def _split_entries(root: Path, split: str, folder: Path) -> list[Entry]:
-    """The images of one split, sorted by class and name."""
-    loose = [item for item in _visible(folder) if _is_image(item)]
-    entries = []
+def _split_entries(root: Path, split: str, folder: Path, others: Counter[str]) -> list[Entry]:
+    """The images of one split, sorted by class and name; others: counts the suffixes of files that are none."""
+    loose, entries = [], []
     for item in _visible(folder):
-        if item.is_dir():
-            category = unicodedata.normalize("NFC", item.name)
-            entries += [_entry(root, split, category, image) for image in _images_below(Path(item.path), ())]
+        if _is_folder(item):
+            category = printable(unicodedata.normalize("NFC", item.name))
+            entries += [_entry(root, split, category, image) for image in _images(_files_below(item), others)]
+        else:
+            loose += _images([item], others)
     if loose and entries:
-        shown = ", ".join(item.name for item in loose[:3])
+        shown = ", ".join(printable(item.name) for item in loose[:3])
         raise UserError(
             f"{len(loose)} images in {folder} lie beside the class folders ({shown}): move them into one, or away"
         )
@@ -223,34 +230,63 @@ def _visible(folder: Path) -> list[os.DirEntry]:
     return sorted(visible, key=lambda item: item.name)
 
 
-def _is_image(item: os.DirEntry) -> bool:
-    """Whether this is a file, or a link that leads nowhere, with the name of an image."""
-    named = os.path.splitext(item.name)[1].lower() in IMAGE_SUFFIXES | FOREIGN_SUFFIXES
-    return named and (item.is_file() or not os.path.exists(item.path))
+def printable(name: str) -> str:
+    """A name with control characters, and bytes that are no UTF-8, as escapes: it prints in one line everywhere."""
+    unprintable = ("Cc", "Cs", "Zl", "Zp")
+    return "".join(c.encode("unicode_escape").decode() if unicodedata.category(c) in unprintable else c for c in name)
 
 
-def _images_below(folder: Path, above: tuple[Path, ...]) -> list[os.DirEntry]:
-    """All images below a folder; links are followed, but not back to a folder that they are in."""
-    place = folder.resolve()
-    if place in above:
-        return []
-    images = []
-    for item in _visible(folder):
+def _is_folder(item: os.DirEntry) -> bool:
+    """Whether this is a folder, or a link to one.
+
+    Raises UserError for a link that leads nowhere and has no image's name: it may have led to a folder of images.
+    """
+    try:
         if item.is_dir():
-            images += _images_below(Path(item.path), (*above, place))
-        elif _is_image(item):
+            return True
+    except OSError:  # a link in a circle, or into a folder that is closed to us
+        pass
+    if item.is_symlink() and not os.path.exists(item.path) and _suffix(item) not in IMAGE_SUFFIXES | FOREIGN_SUFFIXES:
+        raise UserError(f"{printable(item.path)} is a link that leads nowhere: mend or remove it")
+    return False
+
+
+def _suffix(item: os.DirEntry) -> str:
+    return os.path.splitext(item.name)[1].lower()
+
+
+def _files_below(folder: os.DirEntry, above: tuple[Path, ...] = ()) -> Iterator[os.DirEntry]:
+    """All files below a folder; links are followed, but not back to a folder that they are in."""
+    place = Path(folder.path).resolve()
+    if place in above:
+        return
+    for item in _visible(Path(folder.path)):
+        if _is_folder(item):
+            yield from _files_below(item, (*above, place))
+        else:
+            yield item
+
+
+def _images(files: Iterable[os.DirEntry], others: Counter[str]) -> list[os.DirEntry]:
+    """Those with the name of an image, whatever they are: a pipe, or a link that leads nowhere, will be told of."""
+    images = []
+    for item in files:
+        suffix = _suffix(item)
+        if suffix in IMAGE_SUFFIXES | FOREIGN_SUFFIXES:
             images.append(item)
+        else:
+            others[printable(suffix)] += 1
     return images
 
 
 def _entry(root: Path, split: str, category: str | None, item: os.DirEntry) -> Entry:
-    """An image with its name relative to the root; a link that leads nowhere is kept, to be named as unreadable."""
+    """An image with its name relative to the root."""
     name = os.path.relpath(item.path, root).replace(os.sep, "/")
     try:
-        status = item.stat()
-    except FileNotFoundError:
-        status = item.stat(follow_symlinks=False)
-    return Entry(split, category, unicodedata.normalize("NFC", name), item.path, _stamp(status))
+        stamp = _stamp(item.stat())
+    except OSError:  # what cannot be reached will be named as unreadable
+        stamp = (0, 0, 0)
+    return Entry(split, category, printable(unicodedata.normalize("NFC", name)), item.path, stamp)
 
 
 def _stamp(status: os.stat_result) -> tuple[int, int, int]:

@@ -47,6 +47,9 @@ def folder(
         raise UserError("no image folder is given: give its path")
     root = Path(path).expanduser()
     target = layout(size, canvas, channels)
+    for name, share in (("test", test), ("validation", validation)):
+        if isinstance(share, float | int) and not 0 <= share < 1:
+            raise UserError(f"{name} must be a share of the images in [0, 1): got {share}")
     entries = scan(root, test=test if isinstance(test, str) else None, groups=groups)
     decoded, skipped = read_images(root, entries, target, on_bad_image=on_bad_image, cache=cache)
     sources = by_split(root, entries, decoded)

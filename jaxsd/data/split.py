@@ -59,19 +59,13 @@ def split(
     Raises UserError where there are no two scenes, where nothing would be left on a side, or where a class has fewer
     images (scenes, by "group") than there are folds.
     """
-    if by not in ("group", "image"):
-        raise UserError(f"a split is by 'group' or by 'image': got {by!r}")
+    check_way(test=test, folds=folds, by=by)
     groups = _scenes(source) if by == "group" else ()
     what = f"{len(set(groups))} scenes" if groups else f"{len(source.images)} images"
     if folds is not None:
-        if test is not None:
-            both = f"got test {test:g}, folds {folds}; in a config 0 takes one away"
-            raise UserError(f"a split has a share of test images or folds, not both: {both}")
         held = _fold(source, folds, groups, seed)
         return np.setdiff1d(np.arange(len(source.images), dtype=np.int64), held), held
     share = TEST_SHARE if test is None else test
-    if not 0 < share < 1:
-        raise UserError(f"the share of test images must be above 0 and below 1: got {share}")
     of = len(source.images) if source.labels is None else source.labels
     train, held = carve(of, share, seed=seed, groups=groups)
     if not len(train) or not len(held):
@@ -79,6 +73,19 @@ def split(
         alone = "; a class keeps its only scene for training" if groups and source.labels is not None else ""
         raise UserError(f"a test share of {share:g} of {what} leaves no {side} images: take another share{alone}")
     return train, held
+
+
+def check_way(*, test: float | None = None, folds: int | None = None, by: str = "group") -> None:
+    """Raises UserError for arguments that `split` would not take, whatever the images."""
+    if by not in ("group", "image"):
+        raise UserError(f"a split is by 'group' or by 'image': got {by!r}")
+    if test is not None and folds is not None:
+        both = f"got test {test:g}, folds {folds}; in a config 0 takes one away"
+        raise UserError(f"a split has a share of test images or folds, not both: {both}")
+    if test is not None and not 0 < test < 1:
+        raise UserError(f"the share of test images must be above 0 and below 1: got {test}")
+    if folds is not None and (not isinstance(folds, int) or folds < 2):
+        raise UserError(f"k-fold splits need a whole number of 2 folds or more: got {folds}")
 
 
 def part(
@@ -130,25 +137,41 @@ def subset(
     (the few-label rule of RotNet, Gidaris et al., ICLR 2018); needs per_class or balanced.
     With one seed, a smaller draw is part of a larger one. Raises UserError where more is asked than there is.
     """
-    given = {"total": total, "fraction": fraction, "per_class": per_class}
-    named = [name for name, value in given.items() if value is not None]
-    if len(named) > 1:
-        raise UserError(f"give only one of total, fraction and per_class for a subset: got {' and '.join(named)}")
-    if not named:
+    check_amount(total=total, fraction=fraction, per_class=per_class, balanced=balanced, first=first)
+    if total is None and fraction is None and per_class is None:
         return np.arange(len(source), dtype=np.int64)
-    if first and per_class is None and not balanced:
-        raise UserError("first=True takes the first images of each class: give per_class, or balanced=True with it")
     random = np.random.default_rng(seed)
     classes = len(source.classes)
     if per_class is not None:
-        if per_class < 1:
-            raise UserError(f"per_class must be at least 1: got {per_class}")
         return _per_class(source, np.full(classes, per_class), None if first else random)
     total = _total(len(source), total, fraction)
     if balanced:
         shared = total // max(classes, 1) + (np.arange(classes) < total % max(classes, 1))
         return _per_class(source, shared, None if first else random)
     return np.sort(random.permutation(len(source))[:total]).astype(np.int64)
+
+
+def check_amount(
+    *,
+    total: int | None = None,
+    fraction: float | None = None,
+    per_class: int | None = None,
+    balanced: bool = False,
+    first: bool = False,
+) -> None:
+    """Raises UserError for arguments that `subset` would not take, whatever the images."""
+    given = {"total": total, "fraction": fraction, "per_class": per_class}
+    named = [name for name, value in given.items() if value is not None]
+    if len(named) > 1:
+        raise UserError(f"give only one of total, fraction and per_class for a subset: got {' and '.join(named)}")
+    if total is not None and total < 0:
+        raise UserError(f"total must not be negative: got {total}")
+    if per_class is not None and per_class < 1:
+        raise UserError(f"per_class must be at least 1: got {per_class}")
+    if fraction is not None and not 0 < fraction <= 1:
+        raise UserError(f"the fraction of a subset must be in (0, 1]: got {fraction}")
+    if named and first and per_class is None and not balanced:
+        raise UserError("first=True takes the first images of each class: give per_class, or balanced=True with it")
 
 
 def duplicates(a: Source, b: Source) -> int:
@@ -214,8 +237,6 @@ def _fold(source: Source, folds: int, groups: Sequence[str], seed: int) -> np.nd
     """Sorted positions, int64, of fold seed mod folds of the cut number seed // folds."""
     from sklearn.model_selection import StratifiedGroupKFold, StratifiedKFold  # takes a second to load
 
-    if not isinstance(folds, int) or folds < 2:
-        raise UserError(f"k-fold splits need a whole number of 2 folds or more: got {folds}")
     labels = np.zeros(len(source.images), np.int64) if source.labels is None else source.labels
     names, unit = np.unique(np.asarray(groups), return_inverse=True) if groups else ((), np.arange(len(labels)))
     units = np.array([len(np.unique(unit[labels == label])) for label in np.unique(labels)])
@@ -256,8 +277,6 @@ def _proportional(sizes: np.ndarray, share: float) -> np.ndarray:
 def _total(available: int, total: int | None, fraction: float | None) -> int:
     """The number of images to draw, checked."""
     if fraction is not None:
-        if not 0 < fraction <= 1:
-            raise UserError(f"the fraction of a subset must be in (0, 1]: got {fraction}")
         return max(1, round(fraction * available))
     if total is None or not 1 <= total <= available:
         raise UserError(f"a subset of {total} images was asked, but there are {available}: ask for 1 to {available}")

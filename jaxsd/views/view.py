@@ -163,11 +163,17 @@ class patches:
     size: int
     stride: int | None = None
 
+    def __post_init__(self):
+        self._grid()  # for its errors
+
+    def _grid(self) -> Grid:
+        return Grid(self.size, self.size if self.stride is None else self.stride)
+
     def __call__(self, source: Source) -> Source:
         """The source with a grid."""
         if source.grid is not None:
             raise UserError("patches of patches: give one view 'patches' and make it the last one")
-        return replace(source, grid=Grid(self.size, self.stride or self.size))
+        return replace(source, grid=self._grid())
 
 
 @dataclass(frozen=True, init=False, repr=False)
