@@ -132,6 +132,7 @@ def _columns(g: Geometry, batch: int) -> Rule:
     features = g.features // n
 
     def spread(x):
+        x = lax.optimization_barrier(x)  # else what comes before is computed again for every window
         x = x.reshape(*x.shape[:3], n, depth).transpose(3, 0, 1, 2, 4)
         return _windows(x, 1, g).reshape(n, -1, kw * depth)
 
@@ -142,7 +143,7 @@ def _columns(g: Geometry, batch: int) -> Rule:
 
     def collect(z):
         y = _fold_rows(z.reshape(n, batch, rows, w, kh, features), g, 1 + ROWS)
-        return y.transpose(1, 2, 3, 0, 4).reshape(batch, h, w, g.features)
+        return lax.optimization_barrier(y.transpose(1, 2, 3, 0, 4).reshape(batch, h, w, g.features))
 
     return Rule(spread, arrange, collect)
 
