@@ -202,7 +202,7 @@ def test_max_pool_sends_gradients_to_the_first_maximum(window, stride, padding):
     y, pull = jax.vjp(lambda x: max_pool(x, window, stride, padding), x)
     expected, library_pull = jax.vjp(library, x)
     np.testing.assert_array_equal(y, expected)
-    (dy,) = draw(y.shape, seed=1)
+    (dy,) = draw(expected.shape, seed=1)
     np.testing.assert_allclose(pull(dy)[0], library_pull(dy)[0], rtol=1e-5, atol=1e-6)
 
 
