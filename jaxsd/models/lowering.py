@@ -61,7 +61,7 @@ class Rule(NamedTuple):
     collect: Callable[[Array], Array]  # [n, m, L] to [b, h, w, O]
 
 
-WIDE = 256  # columns from which on a matrix is faster transposed before a product than within
+WIDE = 256  # columns from which on a single matrix is faster transposed before its product than within
 
 
 def crossed(a: Array, b: Array) -> Array:
@@ -71,7 +71,7 @@ def crossed(a: Array, b: Array) -> Array:
     """
     if a.shape[2] > b.shape[2]:
         return lax.optimization_barrier(crossed(b, a)).transpose(0, 2, 1)
-    if a.shape[2] < WIDE:
+    if a.shape[2] < WIDE or a.shape[0] > 1:
         return lax.dot_general(a, b, (((1,), (1,)), ((0,), (0,))))
     return lax.dot_general(lax.optimization_barrier(a.transpose(0, 2, 1)), b, (((2,), (1,)), ((0,), (0,))))
 
