@@ -10,7 +10,8 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jaxsd.models import conv as rules
-from jaxsd.models.conv import conv, library_conv
+from jaxsd.models import fused, lowering
+from jaxsd.models.conv import conv, dense, library_conv
 from jaxsd.models.norm import BatchNorm, normalise
 from jaxsd.models.pool import (
     adaptive_average_pool,
@@ -85,12 +86,43 @@ def both(shape, dtype=jnp.float32):
     return sides
 
 
-@pytest.mark.parametrize("chunk_bytes", [1 << 20, 1 << 11])
+@pytest.fixture
+def little_cache(monkeypatch):
+    """Limits so low that small images are cut into many parts, too."""
+    for module, name, value in (
+        (rules, "CHUNK_BYTES", 1 << 11),
+        (fused, "TILE_BYTES", 1 << 8),
+        (fused, "TILE_COLUMNS", 3),
+        (lowering, "WIDE", 12),
+    ):
+        monkeypatch.setattr(module, name, value)
+    jax.clear_caches()  # of what was traced with other limits
+    yield
+    jax.clear_caches()
+
+
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_value_and_gradients_are_those_of_the_library(shape, chunk_bytes, monkeypatch):
-    monkeypatch.setattr(rules, "CHUNK_BYTES", chunk_bytes)
+def test_value_and_gradients_are_those_of_the_library(shape):
     for ours, theirs in zip(*both(shape), strict=True):
         assert distance(ours, theirs) < 3e-6  # float32 with Winograd's transforms
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_so_they_are_in_many_parts(shape, little_cache):
+    for ours, theirs in zip(*both(shape), strict=True):
+        assert distance(ours, theirs) < 3e-6
+
+
+@pytest.mark.parametrize("depth, features", [(5, 300), (300, 260), (256, 256)])
+def test_dense_is_a_matrix_product(depth, features):
+    x, w, dy = draw((2, 3, 2, depth), (depth, features), (2, 3, 2, features))
+    for ours, theirs in zip(
+        jax.jit(functools.partial(value_and_gradients, dense))(x, w, dy),
+        value_and_gradients(jnp.matmul, x, w, dy),
+        strict=True,
+    ):
+        assert distance(ours, theirs) < 1e-6
+    assert dense(x.astype(jnp.bfloat16), w.astype(jnp.bfloat16)).dtype == jnp.bfloat16
 
 
 @pytest.mark.parametrize("shape", [SHAPES[0], SHAPES[5], SHAPES[8], SHAPES[22], SHAPES[27]], ids=str)
@@ -156,6 +188,22 @@ def test_pools_by_hand():
     np.testing.assert_allclose(adaptive_average_pool(count, (2, 3))[0, :, :, 0], [[8, 10, 12], [22, 24, 26]])
     np.testing.assert_array_equal(adaptive_average_pool(count, (5, 7)), count)
     np.testing.assert_allclose(global_average_pool(count), [[17.0]])
+
+
+@pytest.mark.parametrize("window, stride, padding", [(3, 2, 1), (2, 2, 0), ((3, 2), (1, 3), (1, 0))])
+def test_max_pool_sends_gradients_to_the_first_maximum(window, stride, padding):
+    (kh, kw), (sh, sw), (ph, pw) = (rules.pair(value) for value in (window, stride, padding))
+    x = jnp.round(2 * draw((3, 8, 9, 2))[0])  # with ties
+
+    def library(x):
+        edges = ((0, 0), (ph, ph), (pw, pw), (0, 0))
+        return jax.lax.reduce_window(x, -jnp.inf, jax.lax.max, (1, kh, kw, 1), (1, sh, sw, 1), edges)
+
+    y, pull = jax.vjp(lambda x: max_pool(x, window, stride, padding), x)
+    expected, library_pull = jax.vjp(library, x)
+    np.testing.assert_array_equal(y, expected)
+    (dy,) = draw(expected.shape, seed=1)
+    np.testing.assert_allclose(pull(dy)[0], library_pull(dy)[0], rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("groups", [1, 4, 16])

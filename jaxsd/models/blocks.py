@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxsd.errors import UserError
-from jaxsd.models.conv import Conv, IntOrPair, Padding
+from jaxsd.models.conv import Conv, IntOrPair, Padding, dense
 from jaxsd.models.norm import BatchNorm
 from jaxsd.models.pool import global_average_pool
 
@@ -72,7 +72,7 @@ class Linear(nn.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         """x [B, D] to [B, features]."""
         kernel = self.param("kernel", self.kernel_init, (x.shape[-1], self.features))
-        y = x @ kernel.astype(x.dtype)
+        y = dense(x, kernel.astype(x.dtype))
         if self.use_bias:
             start = self.bias_init or uniform(x.shape[-1] ** -0.5)
             y = y + self.param("bias", start, (self.features,)).astype(x.dtype)

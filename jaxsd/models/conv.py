@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxsd.models.fused import fused, fuses, image_gradient, kernel_gradient
-from jaxsd.models.lowering import Geometry, pick
+from jaxsd.models.lowering import Geometry, crossed, pick
 
 IntOrPair = int | tuple[int, int]
 Padding = IntOrPair | tuple[tuple[int, int], tuple[int, int]]  # ((top, bottom), (left, right)) where they differ
@@ -100,7 +100,7 @@ CHUNK_BYTES = 1 << 20  # images worked on at once: what `spread` makes of them s
 
 def _chunks(x: Array, w: Array, g: Geometry) -> int:
     """How many equal parts the batch is worked on in: a part is as large as the kernel, which every part reads."""
-    if not x.size or g.groups > 1:
+    if not x.size or (g.groups > 1 and g.stride != (1, 1)):  # parts of those are not faster
         return 1
     batch, images = x.shape[0], max(CHUNK_BYTES, w.nbytes) * x.shape[0] // x.nbytes
     return next(n for n in range(1, batch + 1) if batch % n == 0 and batch // n <= max(1, images))
@@ -184,13 +184,33 @@ def _gradients(x: Array, w: Array, dy: Array, g: Geometry) -> tuple[Array, Array
         products = jax.ShapeDtypeStruct((*spread.shape[:2], kernel.shape[2]), x.dtype)
         dz = lax.optimization_barrier(_adjoint(rule.collect, products)(dy))
         dx = _adjoint(rule.spread, images)(_products(dz, kernel, (2, 2)))
-        return _products(spread, dz, (1, 1)), dx
+        return crossed(spread, dz), dx
 
     dkernel, dx = _over_chunks(part, n, jnp.zeros_like(kernel), x.shape, x, dy)
     return dx, _adjoint(rule.arrange, jax.ShapeDtypeStruct(w.shape, w.dtype))(dkernel)
 
 
 _conv.defvjp(_forward, _backward)
+
+
+def dense(x: Array, w: Array) -> Array:
+    """x [.., D] @ w [D, features]."""
+    return _dense(x, w) if jax.default_backend() == "cpu" else x @ w
+
+
+@jax.custom_vjp
+def _dense(x: Array, w: Array) -> Array:
+    return (x.reshape(-1, w.shape[0]) @ w).reshape(*x.shape[:-1], w.shape[1])
+
+
+def _dense_gradients(saved: tuple[Array, Array], dy: Array) -> tuple[Array, Array]:
+    """As two matrices: of maps XLA would make a transposed copy for the product."""
+    x, w = saved
+    rows, flat = x.reshape(1, -1, w.shape[0]), dy.reshape(1, -1, w.shape[1])
+    return (flat[0] @ w.T).reshape(x.shape), crossed(rows, flat)[0]
+
+
+_dense.defvjp(lambda x, w: (_dense(x, w), (x, w)), _dense_gradients)
 
 
 class Conv(nn.Module):

@@ -48,41 +48,47 @@ def image_gradient(dy: Array, w: Array, g: Geometry) -> Array:
     return fused(dy, w[::-1, ::-1], whole)
 
 
-CHUNK_BYTES = 1 << 20  # images worked on at once: all taps read them from the cache
-MOST_ROWS = 32  # whose products are added up in one expression
+TILE_COLUMNS = 8  # whose products are added up in one expression
+TILE_BYTES = 1 << 18  # of dy worked on at once: all taps read it, and their part of x, from the cache
+
+
+def _cut(size: int, most: int) -> tuple[int, int]:
+    """(number, size) of the fewest equal parts of at most `most` that hold `size`."""
+    parts = -(-size // most)
+    return parts, -(-size // parts)
 
 
 def kernel_gradient(x: Array, dy: Array, g: Geometry) -> Array:
     """The gradient of a depthwise convolution with respect to its kernel: [kh, kw, 1, C].
 
-    A few images at a time, cut into strips. The sums over a strip's rows are written out, since XLA's own are slow.
+    A tile of one image at a time, copied to have its pixels side by side. The sums over a tile's columns are written
+    out, since XLA's own are slow; those over its rows are left to the end.
     """
-    (h, w), (sh, sw), (dh, dw), (b, c) = g.out, g.stride, g.dilation, (x.shape[0], g.channels)
-    strips = -(-h // MOST_ROWS)
-    rows = -(-h // strips)
-    n = next(n for n in range(1, b + 1) if b % n == 0 and (n == b or x.nbytes <= n * CHUNK_BYTES))
-    needed = (sh * (strips * rows - 1) + g.reach[0] + 1, sw * (w - 1) + g.reach[1] + 1)
+    (h, w), (kh, kw), (sh, sw), (dh, dw), (b, c) = g.out, g.kernel, g.stride, g.dilation, (x.shape[0], g.channels)
+    across, columns = _cut(w, TILE_COLUMNS)
+    down, rows = _cut(h, max(1, TILE_BYTES // (columns * c * dy.itemsize)))
+    tall, wide = sh * (rows - 1) + g.reach[0] + 1, sw * (columns - 1) + g.reach[1] + 1  # of a tile of x
+    needed = (sh * rows * (down - 1) + tall, sw * columns * (across - 1) + wide)
     edges = [(before, m - size - before, 0) for (before, _), m, size in zip(g.padding, needed, g.size, strict=True)]
     x = lax.pad(x, jnp.zeros((), x.dtype), ((0, 0, 0), *edges, (0, 0, 0)))
-    dy = lax.pad(dy, jnp.zeros((), x.dtype), ((0, 0, 0), (0, strips * rows - h, 0), (0, 0, 0), (0, 0, 0)))
-    x = jnp.stack(
-        [lax.slice_in_dim(x, sh * rows * k, sh * (rows * k + rows - 1) + g.reach[0] + 1, axis=1) for k in range(strips)]
+    dy = lax.pad(
+        dy, jnp.zeros((), x.dtype), ((0, 0, 0), (0, down * rows - h, 0), (0, across * columns - w, 0), (0, 0, 0))
     )
-    dy = jnp.stack(lax.split(dy, [rows] * strips, 1))
-    x, dy = (a.reshape(strips, b // n, n, *a.shape[2:]) for a in (x, dy))
 
-    def body(chunk, totals):
-        x_part, dy_part = (lax.dynamic_index_in_dim(a, chunk, 2, False) for a in (x, dy))  # [strips, b / n, rows, w, C]
+    def body(tile, totals):
+        image, down_by, across_by = tile // (down * across), tile // across % down * rows, tile % across * columns
+        x_tile = lax.dynamic_slice(x, (image, sh * down_by, sw * across_by, 0), (1, tall, wide, c))
+        dy_tile = lax.dynamic_slice(dy, (image, down_by, across_by, 0), (1, rows, columns, c))
+        x_tile, dy_tile = lax.optimization_barrier((x_tile, dy_tile))
         sums = []
-        for total, (i, j) in zip(totals, np.ndindex(*g.kernel), strict=True):
-            for row in range(rows):
-                start = (0, 0, sh * row + i * dh, j * dw, 0)
-                end = (strips, b // n, start[2] + 1, start[3] + sw * (w - 1) + 1, c)
-                tap = lax.slice(x_part, start, end, (1, 1, 1, sw, 1))
-                total = lax.add(total, lax.mul(tap, lax.slice_in_dim(dy_part, row, row + 1, axis=2)))
+        for total, (i, j) in zip(totals, np.ndindex(kh, kw), strict=True):
+            for column in range(columns):
+                start = (0, i * dh, j * dw + sw * column, 0)
+                tap = lax.slice(x_tile, start, (1, start[1] + sh * (rows - 1) + 1, start[2] + 1, c), (1, sh, 1, 1))
+                total = lax.add(total, lax.mul(tap, lax.slice_in_dim(dy_tile, column, column + 1, axis=2)))
             sums.append(total)
         return sums
 
-    totals = [jnp.zeros((strips, b // n, 1, w, c), x.dtype)] * (g.kernel[0] * g.kernel[1])
-    totals = lax.fori_loop(0, n, body, totals)
-    return jnp.stack([total.sum((0, 1, 2, 3)) for total in totals]).reshape(*g.kernel, 1, c)
+    totals = [jnp.zeros((1, rows, 1, c), x.dtype)] * (kh * kw)
+    totals = lax.fori_loop(0, b * down * across, body, totals)
+    return jnp.stack([total.sum((0, 1, 2)) for total in totals]).reshape(kh, kw, 1, c)

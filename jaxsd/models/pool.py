@@ -1,5 +1,7 @@
 """Pooling over space: NHWC, PyTorch's conventions."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -20,12 +22,42 @@ def _taps(x: jax.Array, window: IntOrPair, stride: IntOrPair, padding: IntOrPair
     ]
 
 
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3))
 def max_pool(x: jax.Array, window: IntOrPair, stride: IntOrPair, padding: IntOrPair = 0) -> jax.Array:
-    """The maximum of each window of x [B, H, W, C]; padding never wins (minus infinity)."""
-    first, *others = _taps(x, window, stride, padding, -jnp.inf)
-    for tap in others:
-        first = jnp.maximum(first, tap)
-    return first
+    """The maximum of each window of x [B, H, W, C]; padding never wins (minus infinity).
+
+    The gradient goes to the first pixel, row by row, that has the maximum.
+    """
+    return functools.reduce(jnp.maximum, _taps(x, window, stride, padding, -jnp.inf))
+
+
+def _max_pool(x, window, stride, padding):
+    y = max_pool(x, window, stride, padding)
+    return y, (x, y)
+
+
+def _max_pool_gradient(window, stride, padding, saved, dy):
+    x, y = saved
+    taps = _taps(x, window, stride, padding, -jnp.inf)
+    winner = jnp.full(y.shape, -1)
+    for i in reversed(range(len(taps))):
+        winner = jnp.where(taps[i] == y, i, winner)
+    # dy and the winners a stride apart: every pixel then finds the windows that it is in by slices
+    (kh, kw), (b, h, w, c) = pair(window), x.shape
+    sizes = zip((kh, kw), pair(stride), pair(padding), (h, w), y.shape[1:3], strict=True)
+    spaces = [(k - 1 - p, n - 1 + p - s * (m - 1), s - 1) for k, s, p, n, m in sizes]
+    edges = ((0, 0, 0), *spaces, (0, 0, 0))
+    dy, winner = lax.pad(dy, jnp.zeros((), dy.dtype), edges), lax.pad(winner, -1, edges)
+    dy, winner = lax.optimization_barrier((dy, winner))
+    parts = []
+    for i in range(len(taps)):
+        start = (0, kh - 1 - i // kw, kw - 1 - i % kw, 0)
+        end = (b, start[1] + h, start[2] + w, c)
+        parts.append(jnp.where(lax.slice(winner, start, end) == i, lax.slice(dy, start, end), 0))
+    return (functools.reduce(lax.add, parts),)
+
+
+max_pool.defvjp(_max_pool, _max_pool_gradient)
 
 
 def average_pool(x: jax.Array, window: IntOrPair, stride: IntOrPair, padding: IntOrPair = 0) -> jax.Array:
