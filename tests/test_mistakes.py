@@ -41,7 +41,11 @@ MISTAKES = [
     (SCALE, ["stages.finetune.optimiser.name=sdg"], "optimiser: 'sdg' is unknown: choose from sgd"),
     (SCALE, ["stages.finetune.optimiser.momentum=2"], "momentum 2.0 must be at least 0 and below 1"),
     (SCALE, ["stages.finetune.objective.name=superwised"], "'superwised' is unknown: choose from supervised"),
-    (SCALE, ["stages.finetune.fresh=('haed',)"], "stage 'finetune': fresh: 'haed' is no part of its network or of one before it: choose from stem, block1"),
+    (
+        SCALE,
+        ["stages.finetune.fresh=('haed',)"],
+        "'haed' is no part of its network or of one before it: choose from stem",
+    ),
     (SCALE, ["stages.finetune.on=unlabeled"], "on: 'unlabeled' is unknown: choose from unlabelled"),
     (SCALE, ["stages.half.view[0].alpha=0"], "scale needs alpha in (0, 1]"),
     (SCALE, ["stages.half.view=('scale',)"], "view: 'scale' is no dict(name=..., ...)"),
