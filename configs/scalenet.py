@@ -112,7 +112,8 @@ def folder(config):
         on_bad_image="error",
     )
     config.splits = crossvalidation()
-    config.pretext_data = dict(config.data)  # a path here gives the pretext stages images of their own
+    # A path here gives the pretext stages images of their own.
+    config.pretext_data = {**config.data, "path": config_dict.placeholder(str), "groups": config_dict.placeholder(str)}
     config.inputs = ordered(original=(), harris=(dict(name="harris"),))
     config.labels = ordered(few=amount(per_class=10))
     config.model = dict(name="resnet8")

@@ -1,7 +1,7 @@
 """`python -m jaxsd.check data --config=... [--out=FOLDER]`: what is in the data, what is wrong with them?
 
-Prints counts per split and class, copies, scores and scenes, and writes images.png; trains nothing. Exit status 0, or 2
-where a run would stop with an error.
+Prints what the files are, counts per split and class, copies, scores and scenes, and draws images, copies, what stages
+are shown and learning rates; trains nothing. Exit status 0, or 2 where a run would stop with an error.
 
 `python -m jaxsd.check resume --config=... [--kills=N]`: does a run that is killed end as one that is not?
 
@@ -35,7 +35,7 @@ def main(argv: Sequence[str]) -> int:
     commands = parser.add_subparsers(dest="command", required=True)
     data = commands.add_parser("data", help="what is in the data of a config")
     data.add_argument("--config", required=True, help="config file; further --config.KEY=VALUE override its values")
-    data.add_argument("--out", help="folder for images.png; default runs/check-NAME")
+    data.add_argument("--out", help="folder for the pictures; default runs/check-NAME")
     resume = commands.add_parser("resume", help="a run killed N times against a straight one")
     resume.add_argument("--config", required=True)
     resume.add_argument("--kills", type=int, default=5)

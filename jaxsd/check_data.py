@@ -1,4 +1,4 @@
-"""What `python -m jaxsd.check data` says: counts, copies, scenes on both sides, and what would stop a run."""
+"""What `python -m jaxsd.check data` says: files, counts, copies, scenes on both sides, and what would stop a run."""
 
 import sys
 import unicodedata
@@ -9,46 +9,72 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from jaxsd import build
-from jaxsd.data.files import SPLIT_NAMES, scan
+from jaxsd import build, check_copies
+from jaxsd.check_copies import TOO_GOOD
+from jaxsd.check_pictures import courses, shown, used
+from jaxsd.data.decode import headers
+from jaxsd.data.files import SPLIT_NAMES, located, scan
 from jaxsd.data.source import Source, Splits
-from jaxsd.data.split import copies, part, shared_groups, subset, unmeasurable
+from jaxsd.data.split import part, shared_groups, subset, unmeasurable
 from jaxsd.errors import UserError
 from jaxsd.figures import image_rows
+from jaxsd.figures_data import picture_pairs, picture_rows, rate_panels
 from jaxsd.recipe import Recipe
 
 Config = Mapping[str, Any]
 
+PICTURES = {
+    "images.png": "some images of each part",
+    "duplicates.png": "copies side by side",
+    "views.png": "what stages are shown",
+    "rates.png": "learning rates",
+}
 SHOWN = 30  # classes and kinds listed one by one, at most
-PICTURES = 8  # of each part
+EACH = 8  # images of each part drawn
+FEW = 5  # images of a class, below which it is named
 BINS, BAR = 10, 40  # of the histogram of scores: how many, and the longest in characters
 
 
+# What Pillow's modes are, in words.
+MODES = {
+    "RGB": "colour",
+    "L": "gray",
+    "1": "black and white",
+    "P": "palette",
+    "RGBA": "colour with transparency",
+    "LA": "gray with transparency",
+    "I;16": "gray of 16 bits",
+}
+
+
+LEVELS = ("line", "warning", "error")
+Said = tuple[str, str]  # level, text
+
+
 class Findings(NamedTuple):
-    """What is said of a data set: lines to print, things to look at, and things that stop a run."""
+    """What is said of a data set: lines to print, things to look at, things that stop a run, pairs of copies."""
 
     lines: list[str]
     warnings: list[str]
     errors: list[str]
+    copies: list[check_copies.Pair]
 
 
 def check_data(config: Config, out: Path) -> int:
     """Reads the data of a config, prints what is in them and draws some; 0, or 2 where a run would stop with an error.
 
-    out: folder for images.png. Raises UserError where the config or the data cannot be read at all.
+    out: folder for the pictures. Raises UserError where the config or the data cannot be read at all.
     """
     build.recipe(config)  # wrong configs are found before any data are read
     splits = build.load(config)
     pretext = build.load_pretext(config, splits)
     found = inspect(config, splits, pretext)
     print("\n".join(found.lines))
-    path = out / "images.png"
     try:
-        out.mkdir(parents=True, exist_ok=True)
-        image_rows(path, _pictures(parted(config, splits), pretext))
+        drawn = _draw(config, splits, pretext, found, out)
     except OSError as error:
         raise UserError(f"the folder {out} cannot be written ({error.strerror}): take another --out") from error
-    print(f"some images of each part: {path}")
+    print("\n" + "\n".join(f"{what}: {out / name}" for name, what in drawn.items()))
     for warning in found.warnings:
         print(f"warning: {warning}")
     for error in found.errors:
@@ -56,46 +82,83 @@ def check_data(config: Config, out: Path) -> int:
     return 2 if found.errors else 0
 
 
+def _draw(config: Config, splits: Splits, pretext: Source | None, found: Findings, out: Path) -> dict[str, str]:
+    """Draws what there is to draw; {file: what it shows}. What an earlier check has drawn is taken away."""
+    out.mkdir(parents=True, exist_ok=True)
+    for name in PICTURES:
+        (out / name).unlink(missing_ok=True)
+    drawn = ["images.png"]
+    image_rows(out / "images.png", _some_images(_ways(config, splits), pretext))
+    if found.copies:
+        drawn.append("duplicates.png")
+        picture_pairs(out / "duplicates.png", found.copies)
+    if not found.errors:
+        recipe = _recipe(config, splits)
+        rows, panels = shown(recipe, splits.train, pretext), courses(recipe, splits, pretext)
+        if rows:
+            drawn += ["views.png", "rates.png"]
+            picture_rows(out / "views.png", rows)
+            rate_panels(out / "rates.png", panels)
+    return {name: PICTURES[name] for name in drawn}
+
+
 def inspect(config: Config, splits: Splits, pretext: Source | None = None) -> Findings:
     """Everything but the pictures. pretext: images of the pretext stages' own."""
+    said = list(_of_all(config, splits, pretext))
+    pairs: list[check_copies.Pair] = []
+    ways: dict[str, Splits] = {}
+    recipe = None
+    try:
+        ways = _ways(config, splits)
+        recipe = _recipe(config, splits)
+    except UserError as error:
+        said.append(("error", str(error)))
+    for name, parts in ways.items():
+        named = _named(parts) | ({"pretext": pretext} if pretext is not None else {})
+        copies = check_copies.find(named)
+        pairs += check_copies.pairs(named, copies)
+        said += [("line", line) for line in ("", *_parts(name, parts))]
+        said += [("line", line) for line in check_copies.listing(named, copies)]
+        found = [("warning", text) for text in check_copies.warnings(named, copies)]
+        found += [("warning", text) for text in _doubts(parts)]
+        if recipe is not None:
+            found += _of_stages(recipe, parts.train, pretext)
+            found += _of_split(parts, by_image=bool(name) and recipe.splits[name].get("by") == "image")
+        said += [(level, f"split {name}: {text}" if name else text) for level, text in found]
+    lines, warnings, errors = ([text for kind, text in said if kind == level] for level in LEVELS)
+    return Findings(lines, warnings, errors, pairs[: check_copies.LISTED])
+
+
+def _of_all(config: Config, splits: Splits, pretext: Source | None) -> Iterator[Said]:
+    """What is to be said of the data, however they are parted."""
     train = splits.train
     height, width, channels = train.shape
-    lines = [f"{splits.name}: {height}x{width} pixels, {channels} channel{'s' if channels > 1 else ''}"]
-    warnings: list[str] = []
-    errors: list[str] = []
+    yield "line", f"{splits.name}: {height}x{width} pixels, {channels} channel{'s' if channels > 1 else ''}"
+    yield from (("line", line) for line in files(config["data"], splits))
     if splits.skipped:
-        warnings.append(f"{len(splits.skipped)} images cannot be read and are left out: {_some(splits.skipped)}")
+        yield "warning", f"{len(splits.skipped)} images cannot be read and are left out: {_some(splits.skipped)}"
     if empty := empty_folders(config["data"]):
-        warnings.append(f"class folders without images are passed over: {_some(empty)}")
+        yield "warning", f"class folders without images are passed over: {_some(empty)}"
     if train.scores is not None:
-        lines += _scores(train, splits.score)
+        yield from (("line", line) for line in _scores(train, splits.score))
     elif train.labels is None:
-        warnings.append("there are neither labels nor scores: only pretext stages can be trained")
-    if build.splits(config) and (splits.test or splits.validation):
-        warnings.append("the config names splits: validation and test images that the data bring along are not used")
+        yield "warning", "there are neither labels nor scores: only pretext stages can be trained"
+    if build.splits(config) and splits.test:
+        text = f"{splits.name} has test images of its own, which the config's splits would leave out"
+        yield "error", f"{text}: hold none out (--config.data.test=0) or take the splits out of the config"
+    elif build.splits(config) and splits.validation:
+        yield "warning", "the config names splits: validation images that the data bring along are not used"
     if pretext is not None:
-        lines.append(f"pretext images of their own: {len(pretext)}")
-    try:
-        ways = parted(config, splits)
-        scored = train.scores is not None
-        recipe = build.recipe(config, train.shape, len(train.classes), scored=scored)
-    except UserError as error:
-        return Findings(lines, warnings, [str(error)])
-    for name, parts in ways.items():
-        lines += ["", *_parts(name, parts)]
-        where = f"split {name}: " if name else ""
-        errors += [where + reason] if (reason := unmeasurable(parts)) else []
-        warnings += [where + text for text in _doubts(parts, pretext)]
-        for level, text in _stages(recipe, parts.train, pretext):
-            (errors if level == "error" else warnings).append(where + text)
-        if name and recipe.splits[name].get("by") == "image" and (leak := _leak(parts)):
-            warnings.append(f"{where}by image: {leak}; split by group")
-        elif leak := _leak(parts):
-            warnings.append(f"{where}{leak}")
-    return Findings(lines, warnings, errors)
+        yield "line", f"pretext images of their own: {len(pretext)}"
 
 
-def parted(config: Config, splits: Splits) -> dict[str, Splits]:
+def _recipe(config: Config, splits: Splits) -> Recipe:
+    """The recipe of a config for these data."""
+    train = splits.train
+    return build.recipe(config, train.shape, len(train.classes), scored=train.scores is not None)
+
+
+def _ways(config: Config, splits: Splits) -> dict[str, Splits]:
     """The splits of a config by name, as its first seed draws them; the data's own, named "", where there are none."""
     ways = {}
     for name, way in build.splits(config).items():
@@ -104,6 +167,35 @@ def parted(config: Config, splits: Splits) -> dict[str, Splits]:
         except UserError as error:
             raise UserError(f"split {name!r}: {error}; see --config.splits.{name}") from error
     return ways or {"": splits}
+
+
+def files(spec: Config, splits: Splits) -> list[str]:
+    """A line on the image files as they are on disk: formats, modes, sizes; none where the images are no files."""
+    names = [name for source in _named(splits).values() for name in source.names]
+    root = _root(spec, names)
+    paths = [path for path in located(root, names) if path is not None] if root is not None else []
+    found = headers(paths)
+    if not found:
+        return []
+    formats = Counter(header.format for header in found)
+    modes = Counter(MODES.get(header.mode, header.mode) for header in found)
+    sides = np.array([sorted((header.width, header.height)) for header in found])
+    counted = [", ".join(f"{what} {n:,}" for what, n in counts.most_common()) for counts in (formats, modes)]
+    line = f"files: {'; '.join(counted)}; shorter side {_range(sides[:, 0])}, longer side {_range(sides[:, 1])} pixels"
+    wanted = min(splits.train.shape[:2])
+    small = int((sides[:, 0] < wanted).sum())
+    return [line + (f"; {small:,} are smaller than the {wanted} pixels that are shown" if small else "")]
+
+
+def _root(spec: Config, names: list[str]) -> Path | None:
+    """The folder below which the named files are: what the config names, or a folder in it."""
+    given = spec.get("images") or spec.get("path")
+    if not names or not given:
+        return None
+    place = Path(given).expanduser()
+    place = place if place.is_dir() else place.parent
+    folders = [place, *(sorted(item for item in place.iterdir() if item.is_dir()) if place.is_dir() else ())]
+    return next((folder for folder in folders if located(folder, names[:1])[0] is not None), None)
 
 
 def empty_folders(spec: Config) -> list[str]:
@@ -190,50 +282,36 @@ def _class_counts(source: Source) -> np.ndarray:
     return np.bincount(np.asarray(source.labels), minlength=len(source.classes))
 
 
-def _doubts(parts: Splits, pretext: Source | None) -> Iterator[str]:
-    """What is odd about the parts of one split: copies, classes without images, no test images."""
-    named = _named(parts)
-    for name, source in named.items():
-        if len(found := copies(source)):
-            yield f"{len(found)} {name} images equal an earlier one of {name} pixel for pixel{_which(source, found)}"
-    pairs = [(parts.validation, "validation", parts.train, "train"), (parts.test, "test", parts.train, "train")]
-    pairs += [(parts.test, "test", parts.validation, "validation"), (parts.test, "test", pretext, "pretext")]
-    for source, name, other, its in pairs:
-        if source is not None and other is not None and len(found := copies(source, of=other)):
-            some = f"{len(found)} of {len(source.images)} {name} images{_which(source, found)}"
-            yield f"{some} are pixel-equal to {its} images: {_GOOD}"
-    for name, source in named.items():
-        if source.labels is not None:
-            missing = [source.classes[label] for label in np.flatnonzero(_class_counts(source) == 0)]
-            if missing:
-                yield f"{name} has no image of {len(missing)} classes: {_some(missing)}"
+def _doubts(parts: Splits) -> Iterator[str]:
+    """What is odd about the classes of one split; no test images."""
+    for name, source in _named(parts).items():
+        if source.labels is None:
+            continue
+        counts = _class_counts(source)
+        if missing := [source.classes[label] for label in np.flatnonzero(counts == 0)]:
+            yield f"{name} has no image of {len(missing)} classes: {_some(missing)}"
+        few = [f"{source.classes[label]} {counts[label]}" for label in np.flatnonzero((counts > 0) & (counts < FEW))]
+        if few and name == "train":
+            yield f"{len(few)} classes have fewer than {FEW} training images: {_some(few)}"
     if parts.test is None:
         yield "there are no test images: nothing will be measured"
 
 
-def _which(source: Source, positions: np.ndarray) -> str:
-    """The first few names in brackets, where there are names."""
-    return f" ({_some([source.names[position] for position in positions], 3)})" if source.names else ""
-
-
-_GOOD = "results will be too good"
-
-
-def _leak(parts: Splits) -> str:
-    """Words on test images whose scene is also trained on; empty where there are none."""
+def _of_split(parts: Splits, *, by_image: bool) -> Iterator[Said]:
+    """Scores that tell nothing; test images whose scene is also trained on."""
+    if reason := unmeasurable(parts):
+        yield "error", reason
     count = shared_groups(parts.train, parts.test) if parts.test is not None else 0
-    total = len(parts.test.images) if parts.test is not None else 0
-    return f"{count} of {total} test images show a scene that is also trained on: {_GOOD}" if count else ""
+    if count:
+        leak = f"{count} of {len(parts.test.images)} test images show a scene that is also trained on: {TOO_GOOD}"  # type: ignore[union-attr]
+        yield "warning", f"by image: {leak}; split by group" if by_image else leak
 
 
-def _stages(recipe: Recipe, train: Source, pretext: Source | None) -> Iterator[tuple[str, str]]:
-    """("error" or "warning", text) for every set of images that stages of a recipe ask for and cannot well have."""
-    used = {
-        stage.name: stage for arm in (*recipe.arms.values(), *((p,) for p in recipe.probes.values())) for stage in arm
-    }
+def _of_stages(recipe: Recipe, train: Source, pretext: Source | None) -> Iterator[Said]:
+    """What stages ask for and cannot have, or cannot well have."""
     asked = [("labels", name, "labelled") for name in recipe.labels] + [("subsets", n, n) for n in recipe.subsets]
     for kind, name, on in asked:
-        stages = [stage for stage in used.values() if stage.on == on]
+        stages = [stage for stage in used(recipe).values() if stage.on == on]
         pool = train if kind == "labels" or pretext is None else pretext
         if not stages:
             continue
@@ -244,13 +322,21 @@ def _stages(recipe: Recipe, train: Source, pretext: Source | None) -> Iterator[t
         except UserError as error:
             yield "error", f"{kind} {name!r}: {error}; see --config.{kind}.{name}"
             continue
+        if kind == "labels" and pool.labels is not None:
+            drawn = _class_counts(pool.take(rows))
+            if missing := [pool.classes[label] for label in np.flatnonzero((drawn == 0) & (_class_counts(pool) > 0))]:
+                yield "warning", f"labels {name!r}: no image of {len(missing)} classes is drawn: {_some(missing)}"
         for stage in stages:
-            shown = samples[stage.name] * stage.repeat(samples[stage.name])
-            if shown < stage.batch_size:
-                yield "warning", f"stage {stage.name!r}: {shown} images are fewer than a batch of {stage.batch_size}"
+            seen = samples[stage.name] * stage.repeat(samples[stage.name])
+            if seen < stage.batch_size:
+                yield "warning", f"stage {stage.name!r}: {seen} images are fewer than a batch of {stage.batch_size}"
+    for stage in used(recipe).values():
+        if not stage.match and (missed := stage.schedule.unreached(stage.epochs)):
+            epochs = ", ".join(f"{epoch:g}" for epoch in missed)
+            yield "warning", f"stage {stage.name!r}: the rate never drops at epoch {epochs}: it has {stage.epochs}"
 
 
-def _pictures(ways: Mapping[str, Splits], pretext: Source | None) -> dict[str, tuple[np.ndarray, list[str]]]:
+def _some_images(ways: Mapping[str, Splits], pretext: Source | None) -> dict[str, tuple[np.ndarray, list[str]]]:
     """Rows for the picture: some images of every part, evenly spread over it."""
     parts = {f"{way} {name}".strip(): source for way, these in ways.items() for name, source in _named(these).items()}
     if pretext is not None:
@@ -258,7 +344,7 @@ def _pictures(ways: Mapping[str, Splits], pretext: Source | None) -> dict[str, t
     rows = {}
     for name, source in parts.items():
         count = len(source.images)
-        chosen = np.linspace(0, count - 1, min(PICTURES, count)).round().astype(int)
+        chosen = np.linspace(0, count - 1, min(EACH, count)).round().astype(int)
         some = source.take(chosen)
         channels = 3 if some.images.shape[-1] >= 3 else 1
         rows[f"{name}: {count} images"] = some.images[..., :channels], _captions(some)

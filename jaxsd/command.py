@@ -12,8 +12,9 @@ import numpy as np
 
 from jaxsd import __version__, build, pictures, report, tuning
 from jaxsd.aggregate import aggregate
+from jaxsd.data.copies import equal, near, thumbnails
 from jaxsd.data.source import Source, Splits, describe
-from jaxsd.data.split import TEST_SHARE, duplicates, part, shared_groups, unmeasurable
+from jaxsd.data.split import TEST_SHARE, part, shared_groups, split, unmeasurable
 from jaxsd.errors import UserError
 from jaxsd.measure import measure
 from jaxsd.recipe import Experiment, Recipe
@@ -22,6 +23,7 @@ from jaxsd.workdir import fingerprint, log, start_log, write_json
 
 Config = dict[str, Any]
 WAYS = {"group": "scene", "image": "image"}
+PAIRS = 100_000_000  # of images that are compared at the start of a run: a second or two
 Parted = Mapping[tuple[str, int] | None, Splits]  # by split and seed
 
 
@@ -61,9 +63,11 @@ def run(
     for key, parts_of in parted.items():
         if reason := unmeasurable(parts_of):
             raise UserError(f"split {key[0]}, seed {key[1]}: {reason}" if key else reason)
-    copies, shared = leaks(parted, pretext), shared_scenes(parted)
-    if copies:
-        log.warning("%d test images are pixel-equal to training images: results will be too good", copies)
+    copies, shared = leaks(recipe, splits, parted, pretext), shared_scenes(parted)
+    if copies[0]:
+        log.warning("%d test images are pixel-equal to training images: results will be too good", copies[0])
+    if copies[1]:
+        log.warning("%d test images are nearly equal to training images: results may be too good", copies[1])
     for line in shared:
         log.warning("%s", line)
     experiment = Experiment(recipe, splits, workdir, pretext=pretext, stop=stop, save_seconds=config["save_seconds"])
@@ -101,17 +105,40 @@ def parts(recipe: Recipe, splits: Splits) -> dict[tuple[str, int] | None, Splits
     return {**found} or {None: splits}
 
 
-def leaks(parted: Parted, pretext: Source | None) -> int | None:
-    """How many test images are pixel-equal to one that something is trained on; None without test images.
+def leaks(recipe: Recipe, splits: Splits, parted: Parted, pretext: Source | None) -> tuple[int | None, int | None]:
+    """How many test images are pixel-equal, and how many only nearly equal, to one that something is trained on.
 
-    Of several splits the most.
+    None without test images; the second also where more than PAIRS pairs would have to be compared. Of several splits
+    the most.
     """
-    counts = [
-        duplicates(splits.train, splits.test) + (duplicates(pretext, splits.test) if pretext is not None else 0)
-        for splits in parted.values()
-        if splits.test is not None
-    ]
-    return max(counts, default=None)
+    beside = [pretext] if pretext is not None else []
+    small: list[np.ndarray] = []  # thumbnails of all that is parted, and of the pretext images
+    exact, nearly, many = [], [], False
+    for key, sides in parted.items():
+        if sides.test is None:
+            continue
+        copies = np.concatenate([equal(sides.test, of=source).rows for source in (sides.train, *beside)])
+        exact.append(len(np.unique(copies)))
+        many = many or len(sides.test) * sum(map(len, (sides.train, *beside))) > PAIRS
+        if many:
+            continue
+        small = small or [thumbnails(source.images) for source in (splits.train, *beside)]
+        if key is None:
+            train, test = small[0], thumbnails(sides.test.images)
+        else:
+            train, test = (small[0][rows] for rows in split(splits.train, **recipe.splits[key[0]], seed=key[1]))
+        found = near(test, of=np.concatenate([train, *small[1:]])).rows
+        nearly.append(len(np.setdiff1d(found, copies)))
+    return max(exact, default=None), None if many else max(nearly, default=None)
+
+
+def near_note(splits: Splits, count: int | None) -> list[str]:
+    """A line on test images that are nearly equal to training images, where there are test images."""
+    if splits.test is None:
+        return []
+    told = f"{count} (python -m jaxsd.check data shows them)" if count else "none"
+    told = "not looked for among so many, as python -m jaxsd.check data does" if count is None else told
+    return [f"test images that are nearly equal to a training image (encoded anew, resized, mirrored, ...): {told}"]
 
 
 def shared_scenes(parted: Parted) -> list[str]:
@@ -167,12 +194,16 @@ def guesses(parted: Parted) -> list[str]:
 
 
 def heading(
-    config: Config, baseline: str, splits: Splits, pretext: Source | None, copies: int | None
+    config: Config,
+    baseline: str,
+    splits: Splits,
+    pretext: Source | None,
+    copies: tuple[int | None, int | None],
 ) -> dict[str, Any]:
     """Everything in the summary but its rows."""
     train, test = splits.train, splits.test
     parts = [part.fingerprint() if part is not None else None for part in (train, splits.validation, test, pretext)]
-    notes = ["seconds are those of training, compilation included"]
+    notes = [*near_note(splits, copies[1]), "seconds are those of training, compilation included"]
     if any(view["name"] == "patches" for stage in config["stages"].values() for view in stage.get("view", ())):
         notes.append("images: of an arm that is shown patches, every patch counts")
     if test is None:
@@ -197,7 +228,8 @@ def heading(
             "classes": len(train.classes),
             "score": splits.score or None,
             "fingerprint": fingerprint(parts),
-            "duplicates_train_test": copies,
+            "duplicates_train_test": copies[0],
+            "near_duplicates_train_test": copies[1],
         },
         "protocol": protocol(config, splits),
         "notes": notes + [f"left out, unreadable: {name}" for name in splits.skipped],

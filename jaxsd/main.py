@@ -164,8 +164,14 @@ def as_flags(config: dict[str, Any], key: str = "--config") -> list[str]:
         elif value is None or value == {}:
             lines.append(f"# {key}.{name} is not set")
         else:
-            lines.append(f"{key}.{name}={shlex.quote(value if isinstance(value, str) else repr(value))}")
+            lines.append(f"{key}.{name}={_quoted(value if isinstance(value, str) else repr(value))}")
     return lines
+
+
+def _quoted(text: str) -> str:
+    """A word for the shell: within double quotes where it holds single ones, which reads better than shlex's way."""
+    plainly = "'" in text and not set(text) & set('"$`\\!')
+    return f'"{text}"' if plainly else shlex.quote(text)
 
 
 def plain(config: Any) -> Any:

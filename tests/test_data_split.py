@@ -1,8 +1,8 @@
 import numpy as np
 import pytest
 
-from jaxsd.data import Source, Splits, carve, duplicates, subset
-from jaxsd.data.split import copies, part, shared_groups, split
+from jaxsd.data import Source, Splits, carve, subset
+from jaxsd.data.split import part, shared_groups, split
 from jaxsd.errors import UserError
 
 
@@ -91,17 +91,6 @@ def test_impossible_subsets_are_refused_with_numbers(asked, said):
 def test_a_subset_per_class_needs_labels(asked):
     with pytest.raises(UserError, match="no labels"):
         subset(Source(np.zeros((3, 2, 2, 1), np.uint8)), **asked)
-
-
-def test_duplicates_are_counted_pixel_for_pixel():
-    source = labelled((30, 20))
-    near = source.images[:5].copy()
-    near[:, 0, 0, 0] ^= 1
-    other = Source(np.concatenate([source.images[[3, 3, 40]], near]))
-    assert duplicates(source, other) == 3
-    assert duplicates(source, other.with_images(other.images[:, :2])) == 0
-    assert copies(other, of=source).tolist() == [0, 1, 2]
-    assert copies(other).tolist() == [1] and not len(copies(source))
 
 
 def scenes(counts, **fields):

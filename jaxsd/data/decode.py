@@ -47,6 +47,15 @@ class Refused(ValueError):
     """A file that is understood, but not taken as an image; says why."""
 
 
+class Header(NamedTuple):
+    """What an image file says of itself before it is decoded."""
+
+    format: str  # "JPEG"
+    mode: str  # Pillow's: "RGB", "L" (gray), "P" (palette), "CMYK", ...
+    width: int  # pixels, before it is turned upright
+    height: int
+
+
 class _Unreadable(NamedTuple):
     """Why a file gave no image."""
 
@@ -118,6 +127,21 @@ def decode_all(paths: Sequence[str], names: Sequence[str], target: Layout) -> De
         finally:
             pool.shutdown(cancel_futures=True)
     return Decoded(out[:count], bad, doubts, lasting)
+
+
+def headers(paths: Sequence[str]) -> list[Header]:
+    """What image files say of themselves, in order, without those that no reader knows; no pixel is decoded."""
+
+    def read(path: str) -> Header | None:
+        try:
+            with Image.open(path, formats=FORMATS) as image:
+                return Header(image.format or "", image.mode, *image.size)
+        except Exception:  # as in decoding: nearly any exception can come out of wrong bytes
+            return None
+
+    with warnings.catch_warnings(), ThreadPoolExecutor(cores()) as pool:
+        warnings.simplefilter("ignore")
+        return [header for header in pool.map(read, paths) if header is not None]
 
 
 def fit(image: Image.Image, target: Layout) -> Image.Image:

@@ -1,6 +1,5 @@
-"""Which images go where: training and test parts, limited training sets, leaks between splits."""
+"""Which images go where: training and test parts, limited training sets, scenes on both sides."""
 
-import hashlib
 from collections.abc import Sequence
 from typing import Literal
 
@@ -174,28 +173,6 @@ def check_amount(
         raise UserError("first=True takes the first images of each class: give per_class, or balanced=True with it")
 
 
-def duplicates(a: Source, b: Source) -> int:
-    """How many images of `b` equal some image of `a` pixel for pixel (0 where the image sizes differ)."""
-    return len(copies(b, of=a))
-
-
-def copies(source: Source, *, of: Source | None = None) -> np.ndarray:
-    """Sorted positions, int64, of images that equal one of another source pixel for pixel, or an earlier one of theirs.
-
-    of: the other source; None finds what equals an earlier image of the same one.
-    """
-    if of is not None and of.shape != source.shape:
-        return np.empty(0, np.int64)
-    known = set(_row_hashes(of)) if of is not None else set()
-    found = []
-    for position, row in enumerate(_row_hashes(source)):
-        if row in known:
-            found.append(position)
-        elif of is None:
-            known.add(row)
-    return np.array(found, np.int64)
-
-
 def _scenes(source: Source) -> tuple[str, ...]:
     """The scene of each image, of which there are two or more."""
     if not source.groups:
@@ -298,8 +275,3 @@ def _per_class(source: Source, wanted: np.ndarray, random: np.random.Generator |
             )
         chosen.append((positions if random is None else random.permutation(positions))[:count])
     return np.sort(np.concatenate(chosen)).astype(np.int64)
-
-
-def _row_hashes(source: Source) -> list[bytes]:
-    """One 16-byte hash per image."""
-    return [hashlib.blake2b(np.ascontiguousarray(row).data, digest_size=16).digest() for row in source.images]
