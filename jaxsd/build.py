@@ -1,5 +1,7 @@
 """From a config to a recipe: the only file that sees a config, and the only one with tables of names."""
 
+import functools
+import inspect
 import json
 import math
 from collections.abc import Callable, Mapping
@@ -10,6 +12,7 @@ from jaxsd.data.source import Source, Splits
 from jaxsd.data.split import check_amount, check_way, split, subset
 from jaxsd.errors import UserError
 from jaxsd.evaluate import answers
+from jaxsd.models.catalogue import options
 from jaxsd.models.probe import LinearProbe
 from jaxsd.named import arguments, call, check, check_call, check_keys, check_known, pick
 from jaxsd.objectives.regression import regression
@@ -114,6 +117,19 @@ def recipe(
         raise UserError(f"the config has a value that does not fit ({type(error).__name__}: {error})") from error
 
 
+def takes(config: Config, path: tuple[str, ...]) -> tuple[str, ...]:
+    """The arguments that the name at a place of the config takes; path: ("stages", "finetune", "optimiser")."""
+    spec = functools.reduce(lambda part, key: part[key], path, config)
+    if path[-1] == "model":
+        return (*options(spec["name"]), "dtype", "remat")
+    tables = {"data": DATA, "pretext_data": DATA, "optimiser": OPTIMISERS, "schedule": SCHEDULES}
+    function = tables.get(path[-1], {}).get(spec["name"])
+    if function is None:
+        return tuple(spec)
+    known = tuple(inspect.signature(function).parameters)
+    return (*known, "warmup", *(["shares"] if "milestones" in known else []))
+
+
 def _recipe(config: Config, shape: tuple[int, int, int] | None, classes: int, scored: bool | None) -> Recipe:
     _check_config(config, classes)
     config = {**config, "stages": {name: _like(config["stages"], name) for name in config["stages"]}}
@@ -141,8 +157,6 @@ def _check_config(config: Config, classes: int) -> None:
     check_keys(config, CONFIG_KEYS, "config")
     if not 0 <= config["save_seconds"] < math.inf:
         raise UserError(f"save_seconds must be a number of seconds from 0, got {config['save_seconds']}")
-    if not config["seeds"] or not all(isinstance(seed, int) and seed >= 0 for seed in config["seeds"]):
-        raise UserError(f"seeds must be whole numbers such as (0, 1, 2), got {config['seeds']!r}")
     check_call(DATA, config["data"], "data")
     if config["pretext_data"] is not None:
         spec = config["pretext_data"]
@@ -154,6 +168,8 @@ def _check_config(config: Config, classes: int) -> None:
         raise UserError("the training images have one class only: there is nothing to tell apart")
     if any(part["name"] == "patches" for parts in config["inputs"].values() for part in parts):
         raise UserError("inputs: patches are a stage's view, not an input of all stages: give them to the stages")
+    if not config["evaluations"]:
+        raise UserError(f"evaluations must be one or more of {', '.join(EVALUATIONS)}: got ()")
     for name in config["evaluations"]:
         pick(dict.fromkeys(EVALUATIONS), name, "evaluations")
 

@@ -18,6 +18,7 @@ from ml_collections import config_flags
 CONFIG_HELP = "config file, with a preset after a colon: configs/scalenet.py:folder"
 OVERRIDES = """  --config.KEY=VALUE overrides a value: --config.stages.finetune.epochs=40
               --config.seeds='(0,1,2)' are three seeds; --config.seeds=3 is one, the seed 3
+              --config.stages.finetune.optimiser.name=adamw also drops the arguments that only sgd has
   The keys and values of a config: python -m jaxsd.main --config=configs/scalenet.py:tiny --print"""
 
 
@@ -102,6 +103,7 @@ def read(argv: list[str]) -> tuple[dict[str, Any], flags.FlagValues]:
         values = defined(argv)
         rest = values(argv)
         config = plain(values.config)
+        _drop_former(config, plain(alone.config), argv)
     except UserError:
         raise
     except flags.Error as error:
@@ -144,6 +146,31 @@ def _check_overrides(argv: list[str], config: dict[str, Any]) -> None:
                 mean = f'Did you mean "{near[0]}"? ' if near else ""
                 raise UserError(f"{place} has no key {part!r}. {mean}Its keys are {', '.join(value)}")
             value, place = value[part], f"{place}.{part}"
+
+
+def _drop_former(config: dict[str, Any], before: dict[str, Any], argv: list[str]) -> None:
+    """Where flags give a network, an optimiser or the like another name, drops arguments that the new one lacks.
+
+    Arguments that are given by flags themselves stay.
+    """
+    keys = [found[1] for flag in argv[1:] if (found := re.match(r"--?config\.([^=\[\]]+)", flag))]
+    for key in keys:
+        *path, last = key.split(".")
+        new, old = _at(config, path), _at(before, path)
+        if last != "name" or not path or not isinstance(old, dict) or old.get("name") == new["name"]:
+            continue
+        from jaxsd import build  # loads jax
+
+        kept = ("name", *build.takes(config, tuple(path)))
+        given = {other.rsplit(".", 1)[1] for other in keys if other.startswith(f"{'.'.join(path)}.")}
+        for name in [name for name in new if name not in kept and name not in given]:
+            del new[name]
+
+
+def _at(config: Any, path: list[str]) -> Any:
+    for key in path:
+        config = config[key]
+    return config
 
 
 def _config_path(argv: list[str]) -> str | None:

@@ -57,8 +57,8 @@ class Recipe:
         if not self.seeds or not all(type(seed) is int and 0 <= seed < 2**31 for seed in self.seeds):
             raise UserError(f"seeds must be whole numbers from 0, such as (0, 1, 2): got {self.seeds!r}")
         for key, values in (("seeds", self.seeds), ("evaluations", self.evaluations)):
-            if not values or len(set(values)) < len(values):
-                raise UserError(f"{key} must be one or more, each once: got {values!r}")
+            if len(set(values)) < len(values):
+                raise UserError(f"{key} must be named once each: got {values!r}")
         for name, stages in self.arms.items():
             check_names(stages, f"arm {name!r}")
             downstream = [stage.downstream for stage in stages]

@@ -23,7 +23,7 @@ MISTAKES = [
     (SCALE, ["preset=tiny"], "--config.preset cannot be set by a flag"),
     (SCALE, ["seeds=()"], "seeds must be whole numbers"),
     (SCALE, ["seeds="], "seeds must be whole numbers"),
-    (SCALE, ["seeds=(0,0)"], "seeds must be one or more, each once: got (0, 0)"),
+    (SCALE, ["seeds=(0,0)"], "seeds must be named once each: got (0, 0)"),
     (SCALE, ["seeds=(0,-1)"], "seeds must be whole numbers"),
     (SCALE, ["seeds=(0,1.5)"], "seeds must be whole numbers"),
     (SCALE, ["seeds=(True,)"], "seeds must be whole numbers"),
@@ -61,8 +61,8 @@ MISTAKES = [
     (SCALE, ["arms.rotnet=('rotnet','rotnet')"], "arm 'rotnet': a stage stands twice"),
     (SCALE, ["baseline=scrach"], "baseline: arm: 'scrach' is unknown: choose from scratch"),
     (SCALE, ["evaluations=('fintune',)"], "evaluations: 'fintune' is unknown: choose from finetune"),
-    (SCALE, ["evaluations=()"], "evaluations must be one or more, each once: got ()"),
-    (SCALE, ["evaluations=('knn','knn')"], "evaluations must be one or more, each once: got ('knn', 'knn')"),
+    (SCALE, ["evaluations=()"], "evaluations must be one or more of pretext"),
+    (SCALE, ["evaluations=('knn','knn')"], "evaluations must be named once each: got ('knn', 'knn')"),
     (SCALE, ["attention=maybe"], "--config.attention=maybe"),
     (SCALE, ["save_seconds=-1"], "save_seconds must be a number of seconds from 0"),
     (SCALE, ["init.weights=nothing"], "--config.init.weights: the file of weights nothing is not there"),
@@ -162,6 +162,15 @@ def test_without_a_mistake_data_are_read_next(called):
 def test_one_number_is_one_seed(called):
     assert main.parse(["main", f"--config={ROOT}/configs/rotnet.py", "--config.seeds=3"])["seeds"] == (3,)
     assert "--config.seeds=3 is one, the seed 3" in main.usage()
+
+
+def test_another_name_drops_what_only_the_former_took():
+    flags = ["--config.stages.finetune.optimiser.name=adamw", "--config.stages.finetune.optimiser.beta1=0.8"]
+    config = main.parse(["main", f"--config={ROOT}/configs/scalenet.py", *flags])
+    assert config["stages"]["finetune"]["optimiser"] == {"name": "adamw", "weight_decay": 5e-4, "beta1": 0.8}
+    assert config["stages"]["half"]["optimiser"]["name"] == "sgd"
+    config = main.parse(["main", f"--config={ROOT}/configs/scalenet.py:cifar10", "--config.model.name=pvt_v2_b0"])
+    assert config["model"] == {"name": "pvt_v2_b0"}
 
 
 @pytest.mark.parametrize(("name", "preset"), EACH)
