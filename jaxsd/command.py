@@ -1,29 +1,32 @@
 """What the command line does once its flags are read: process settings, data, experiment, summary, table."""
 
+import dataclasses
+import logging
 import os
 import platform
 import signal
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
-from jaxsd import __version__, build, pictures, report, tuning
+from jaxsd import __version__, build, pictures, processes, report, tuning
 from jaxsd.aggregate import aggregate
 from jaxsd.data.copies import equal, near, thumbnails
 from jaxsd.data.source import Source, Splits, describe
 from jaxsd.data.split import TEST_SHARE, part, shared_groups, split, unmeasurable
 from jaxsd.errors import UserError
-from jaxsd.measure import measure
-from jaxsd.recipe import Experiment, Recipe
+from jaxsd.measure import measure, measured
+from jaxsd.recipe import Cell, Experiment, Recipe
 from jaxsd.train.loop import Stop
-from jaxsd.workdir import fingerprint, log, start_log, write_json
+from jaxsd.workdir import fingerprint, locked, log, start_log, write_json
 
 Config = dict[str, Any]
 WAYS = {"group": "scene", "image": "image"}
 PAIRS = 100_000_000  # of images that are compared at the start of a run: a second or two
+Found = Mapping[Cell, list[dict[str, Any]]]
 Parted = Mapping[tuple[str, int] | None, Splits]  # by split and seed
 
 
@@ -44,14 +47,17 @@ def stop_on_signals(signals: Iterable[int]) -> Stop:
     return stop
 
 
-def run(
-    config: Config, workdir: Path, *, only: tuple[str, ...] = (), reuse: bool = False, stop: Stop
-) -> dict[str, Any]:
-    """Trains what is missing in the workdir, measures, writes summary.json and prints the table."""
-    for name in only:
-        if name not in config["arms"]:
-            raise UserError(f"--only: {name!r} is no arm: choose from {', '.join(config['arms'])}")
-    start_log(workdir / "log.txt")
+class Prepared(NamedTuple):
+    """What there is before anything is trained."""
+
+    experiment: Experiment
+    parted: Parted
+    copies: tuple[int | None, int | None]  # test images equal, and nearly equal, to ones that are trained on
+    shared: list[str]  # a line for each split that has scenes on both sides
+
+
+def prepare(config: Config, workdir: Path, stop: Stop) -> Prepared:
+    """Reads the data and builds the experiment; UserError where these do not go together."""
     tuning.tune_allocator()
     tuning.cache_compilation()
     splits = build.load(config)
@@ -63,26 +69,61 @@ def run(
     for key, parts_of in parted.items():
         if reason := unmeasurable(parts_of):
             raise UserError(f"split {key[0]}, seed {key[1]}: {reason}" if key else reason)
-    copies, shared = leaks(recipe, splits, parted, pretext), shared_scenes(parted)
-    if copies[0]:
-        log.warning("%d test images are pixel-equal to training images: results will be too good", copies[0])
-    if copies[1]:
-        log.warning("%d test images are nearly equal to training images: results may be too good", copies[1])
-    for line in shared:
-        log.warning("%s", line)
     experiment = Experiment(recipe, splits, workdir, pretext=pretext, stop=stop, save_seconds=config["save_seconds"])
-    cells = list(experiment.cells(only))
-    missing = experiment.check(cells, reuse=reuse)
+    return Prepared(experiment, parted, leaks(recipe, splits, parted, pretext), shared_scenes(parted))
+
+
+def run(config: Config, workdir: Path, *, only: tuple[str, ...] = (), reuse: bool = False, stop: Stop) -> int:
+    """Trains what is missing in the workdir, measures, writes summary.json and prints the table.
+
+    The table also has what other runs have finished in the same workdir: other arms, other seeds. Of several processes
+    that train together the first does all this, the others only train. Returns the exit status.
+    """
+    for name in only:
+        if name not in config["arms"]:
+            raise UserError(f"--only: {name!r} is no arm: choose from {', '.join(config['arms'])}")
+    if not processes.leads():
+        start_log(None)
+        log.setLevel(logging.ERROR)
+        experiment = prepare(config, workdir, stop).experiment
+        return experiment.follow(list(experiment.cells(only)))
+    start_log(workdir / "log.txt")
+    prepared = prepare(config, workdir, stop)
+    experiment = prepared.experiment
+    if prepared.copies[0]:
+        log.warning("%d test images are pixel-equal to training images: results will be too good", prepared.copies[0])
+    if prepared.copies[1]:
+        log.warning("%d test images are nearly equal to training images: results may be too good", prepared.copies[1])
+    for line in prepared.shared:
+        log.warning("%s", line)
+    own = list(experiment.cells(only))
+    missing = experiment.check(own, reuse=reuse)
     write_json(workdir / "config.json", config)
-    rows = []
-    for cell in cells:
+    found: dict[Cell, list[dict[str, Any]]] = {}
+    for cell in own:
         experiment.train(cell)
-        rows += measure(experiment, cell)
+        found[cell] = measure(experiment, cell)
         experiment.look()
-    summary = heading(config, recipe.baseline, next(iter(parted.values())), pretext, copies)
+    with locked(workdir / ".summary.lock", experiment.look):  # who comes last sees what all others have measured
+        for cell in experiment.cells(seeds=experiment.seeds()):
+            if cell not in found and (rows := measured(experiment, cell)):
+                found[cell] = rows
+        conclude(config, prepared, found, drawn=not missing)
+    return 0
+
+
+def conclude(config: Config, prepared: Prepared, found: Found, *, drawn: bool) -> None:
+    """Summary, pictures and table of all cells that are measured; drawn: whether there may be pictures of them."""
+    experiment, workdir = prepared.experiment, prepared.experiment.workdir
+    cells = [cell for cell in experiment.cells(seeds=experiment.seeds()) if cell in found]
+    rows = [row for cell in cells for row in found[cell]]
+    config = {**config, "seeds": tuple(dict.fromkeys(cell.seed for cell in cells))}
+    write_json(workdir / "config.json", config)
+    parted, recipe = prepared.parted, dataclasses.replace(experiment.recipe, seeds=config["seeds"])
+    summary = heading(config, recipe.baseline, next(iter(parted.values())), experiment.pretext, prepared.copies)
     summary["rows"] = aggregate(rows, baseline=recipe.baseline)
-    summary["notes"] += shared + fold_notes(recipe) + guesses(parted) + report.gaps(summary["rows"])
-    known = report.load(workdir) if not missing and (workdir / "summary.json").exists() else {"rows": None}
+    summary["notes"] += prepared.shared + fold_notes(recipe) + guesses(parted) + report.gaps(summary["rows"])
+    known = report.load(workdir) if drawn and (workdir / "summary.json").exists() else {"rows": None}
     names = known.get("pictures", [])
     if known["rows"] != report.plain(summary["rows"]) or not names or not all((workdir / n).exists() for n in names):
         names = pictures.draw(experiment, cells, rows, summary, maps=config["attention"])
@@ -90,7 +131,6 @@ def run(
     report.write(workdir, summary)
     report.write_predictions(workdir, rows)
     print(report.table(summary))
-    return summary
 
 
 def parts(recipe: Recipe, splits: Splits) -> dict[tuple[str, int] | None, Splits]:

@@ -4,6 +4,8 @@ Exit status: 0 done, 1 failed while running, 2 wrong use (flag, config, data), 1
 """
 
 import difflib
+import logging
+import os
 import re
 import shlex
 import signal
@@ -21,6 +23,8 @@ OVERRIDES = """  --config.KEY=VALUE overrides a value: --config.stages.finetune.
               --config.stages.finetune.optimiser.name=adamw also drops the arguments that only sgd has
   The keys and values of a config: python -m jaxsd.main --config=configs/scalenet.py:tiny --print"""
 
+NAMES = ("config", "workdir", "only", "reuse", "print", "distributed", "coordinator", "processes", "process")
+
 
 def defined(argv: list[str]) -> flags.FlagValues:
     """The flags that there are, not parsed yet."""
@@ -36,13 +40,16 @@ def defined(argv: list[str]) -> flags.FlagValues:
     flags.DEFINE_bool("reuse", False, again, flag_values=values)
     shown = "print the keys and values of the config, as flags that can be given, and stop"
     flags.DEFINE_bool("print", False, shown, flag_values=values)
+    job = "train with the other processes of this SLURM, Open MPI or TPU VM job"
+    flags.DEFINE_bool("distributed", False, job, flag_values=values)
+    flags.DEFINE_string("coordinator", None, "train with other processes: HOST:PORT of process 0", flag_values=values)
+    flags.DEFINE_integer("processes", None, "how many processes there are", flag_values=values)
+    flags.DEFINE_integer("process", None, "which of them this is, from 0", flag_values=values)
     return values
 
 
 def main(argv: list[str]) -> int:
     """Runs the command line; returns the exit status."""
-    from jaxsd.errors import RunError, Stopped, UserError  # cheap; jax comes later, so that --help is fast
-
     if any(flag in ("-h", "-help", "--help") for flag in argv[1:]):
         print(usage())
         return 0
@@ -50,33 +57,53 @@ def main(argv: list[str]) -> int:
         config, given = read(argv)
         if given.print:
             print("\n".join(as_flags(config)))
-        else:
-            run(config, given.workdir, tuple(given.only), given.reuse)
-        return 0
-    except Stopped as stopped:
-        print(f"jaxsd: {stopped}", file=sys.stderr)
-        return 128 + stopped.signal
-    except (UserError, flags.Error) as error:
-        return _failed(error, 2)
-    except RunError as error:
-        return _failed(error, 1)
-    except Exception as error:  # one line is for people; the traceback is in the log
-        return _failed(f"{type(error).__name__}: {error}; the traceback is in log.txt of the workdir", 1)
+            return 0
+        several = given.distributed or (given.coordinator, given.processes, given.process) != (None, None, None)
+        return (together if several else run)(config, given)
+    except Exception as error:
+        return _failed(error)
+
+
+def together(config: dict[str, Any], given: flags.FlagValues) -> int:
+    """`run` as one of several processes, which all end with the status of process 0."""
+    from jaxsd import processes  # loads jax
+    from jaxsd.errors import RunError
+
+    processes.start(given.coordinator, given.processes, given.process)
+    try:
+        status = run(config, given)
+    except Exception as error:
+        lost = processes.is_lost(error)
+        status = _failed(RunError(f"{processes.LOST} ({error})") if lost else error)
+        # The others are told, unless they are what is missing; a process that fails alone tells by ending.
+        if lost or not processes.leads():
+            sys.stderr.flush()
+            os._exit(status)
+    if processes.leads():
+        processes.say(f"end {status}")
+    return status
 
 
 def usage() -> str:
     """What --help prints."""
     values = defined([])
-    lines = [f"  --{name:10}{values[name].help}" for name in ("config", "workdir", "only", "reuse", "print")]
+    lines = [f"  --{name:12}{values[name].help}" for name in NAMES]
     return f"{__doc__}\n" + "\n".join([*lines, OVERRIDES])
 
 
-def _failed(error: Exception | str, status: int) -> int:
-    import logging
+def _failed(error: Exception) -> int:
+    """Says on one line what went wrong; returns the exit status."""
+    from jaxsd.errors import RunError, Stopped, UserError
 
+    if isinstance(error, Stopped):
+        print(f"jaxsd: {error}", file=sys.stderr)
+        return 128 + error.signal
+    text = str(error)
+    if not isinstance(error, UserError | RunError | flags.Error):  # the line is for people; the traceback is in the log
+        text = f"{type(error).__name__}: {error}; the traceback is in log.txt of the workdir"
     logging.getLogger("jaxsd").debug("%s", traceback.format_exc())
-    print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-    return status
+    print(f"error: {' '.join(text.split())}", file=sys.stderr)
+    return 2 if isinstance(error, UserError | flags.Error) else 1
 
 
 def parse(argv: list[str]) -> dict[str, Any]:
@@ -210,14 +237,15 @@ def plain(config: Any) -> Any:
     return tuple(plain(value) for value in config) if isinstance(config, list | tuple) else config
 
 
-def run(config: dict[str, Any], workdir: str | None, only: tuple[str, ...], reuse: bool) -> dict[str, Any]:
-    """Loads, trains what is missing, measures, writes summary.json and prints the table; returns the summary."""
+def run(config: dict[str, Any], given: flags.FlagValues) -> int:
+    """Loads, trains what is missing, measures, writes summary.json and prints the table; returns the exit status."""
     from jaxsd import build, command
 
     build.recipe(config)  # wrong configs are found before any data are read
     name = config["name"] + (f"-{config['preset']}" if config["preset"] else "")
+    workdir, only = Path(given.workdir or Path("runs") / name), tuple(given.only)
     stop = command.stop_on_signals((signal.SIGINT, signal.SIGTERM))
-    return command.run(config, Path(workdir or Path("runs") / name), only=only, reuse=reuse, stop=stop)
+    return command.run(config, workdir, only=only, reuse=given.reuse, stop=stop)
 
 
 if __name__ == "__main__":

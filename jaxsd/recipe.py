@@ -3,22 +3,24 @@
 An arm is a path of stages; what two arms begin with in common is trained once.
 """
 
+import contextlib
 import dataclasses
 import itertools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from jaxsd import processes
 from jaxsd.data.source import Source, Splits, standardisation
 from jaxsd.data.split import split, subset
-from jaxsd.errors import Stopped, UserError
+from jaxsd.errors import RunError, Stopped, UserError
 from jaxsd.evaluate.answers import averaged
 from jaxsd.evaluate.features import predict
 from jaxsd.fits import check_fits, check_fresh
-from jaxsd.stage import Run, Stage, Trained, check_folder, check_names, done, drawn, restore, run_stage
-from jaxsd.train.loop import Stop
+from jaxsd.stage import Run, Stage, Trained, check_folder, check_names, done, drawn, restore, run_stage, train_run
+from jaxsd.train.loop import Stop, Watch
 from jaxsd.train.state import State, merge
 from jaxsd.views.view import View, compose
 from jaxsd.workdir import fingerprint, log, write_json
@@ -113,11 +115,27 @@ class Experiment:
         self._subsets: dict[tuple, tuple[Source, str]] = {}
         self._trained: dict[str, Trained] = {}  # by fingerprint, oldest first
         self._last: tuple[tuple, Any] | None = None
+        self.reads = False  # whether only what has been measured already is asked for
 
-    def cells(self, only: tuple[str, ...] = ()) -> Iterator[Cell]:
-        """Every cell, seeds outermost: after each seed all arms can be compared."""
+    @contextlib.contextmanager
+    def reading(self) -> Iterator[None]:
+        """Nothing is measured meanwhile."""
+        self.reads = True
+        try:
+            yield
+        finally:
+            self.reads = False
+
+    def seeds(self) -> list[int]:
+        """The recipe's seeds and those that other processes have begun in the workdir."""
+        names = [path.stem for path in Path(self.workdir, "subsets").glob("*-seed*.json")]
+        begun = {int(number) for name in names if (number := name.rpartition("-seed")[2]).isdigit()}
+        return sorted({*self.recipe.seeds, *begun})
+
+    def cells(self, only: tuple[str, ...] = (), *, seeds: Sequence[int] | None = None) -> Iterator[Cell]:
+        """Every cell, seeds (the recipe's, or other ones) outermost: after each seed all arms can be compared."""
         ways: tuple[str | None, ...] = tuple(self.recipe.splits) or (None,)
-        for seed in self.recipe.seeds:
+        for seed in self.recipe.seeds if seeds is None else seeds:
             for name, way, labels in itertools.product(self.recipe.inputs, ways, self.recipe.labels):
                 yield from (Cell(arm, name, labels, seed, way) for arm in self.recipe.arms if not only or arm in only)
 
@@ -130,9 +148,7 @@ class Experiment:
             pool, way = self._pool(cell.input), self.recipe.splits[cell.split]
             train, test = split(pool.splits.train, **way, seed=cell.seed)
             name = f"{cell.split}-seed{cell.seed}"
-            write_json(
-                self.workdir / "subsets" / f"splits-{name}.json", {"train": train.tolist(), "test": test.tolist()}
-            )
+            self._note(f"splits-{name}.json", {"train": train.tolist(), "test": test.tolist()})
             images = pool.splits.train
             splits = pool.splits._replace(train=images.take(train), validation=None, test=images.take(test))
             pretext = pool.pretext if self.pretext is not None else splits.train
@@ -173,10 +189,15 @@ class Experiment:
                 raise UserError(f"{kind} {name!r}: {error}; see --config.{kind}.{name}") from error
             source = pool if len(rows) == len(pool) else pool.take(rows)
             place = "-".join([*([cell.split] if cell.split else []), f"{kind}-{name}-seed{cell.seed}.json"])
-            write_json(self.workdir / "subsets" / place, rows.tolist())
+            self._note(place, rows.tolist())
             self._subsets = {kept: value for kept, value in self._subsets.items() if kept[-1] == cell.seed}
             self._subsets[key] = (source, source.fingerprint())
         return self._subsets[key]
+
+    def _note(self, name: str, rows: Any) -> None:
+        """Writes down which images are in a part of the data."""
+        if processes.leads():
+            write_json(self.workdir / "subsets" / name, rows)
 
     def runs(self, cell: Cell, *, probe: bool = False) -> list[Run]:
         """The cell's runs from the root; with `probe` those of the pretext part and the probe on it."""
@@ -208,7 +229,7 @@ class Experiment:
         target = sum(self._pixels(other, cell, other.epochs) for other in matched)
         one = self._pixels(stage, cell, 1)
         epochs = max(1, round(target / one))
-        if abs(epochs * one / target - 1) > 0.02:
+        if abs(epochs * one / target - 1) > 0.02 and not self.reads:
             log.warning("%s: whole epochs show %.0f %% of the pixels to match", stage.name, 100 * epochs * one / target)
         return stage.stretched(epochs)
 
@@ -293,9 +314,28 @@ class Experiment:
         """Every run of the cells, probes included, once."""
         found: dict[str, Run] = {}
         for cell in cells:
-            for run in self.runs(cell) + (self.runs(cell, probe=True) if self._probes(cell) else []):
+            for run in self._runs_and_probe(cell):
                 found.setdefault(run.fingerprint(), run)
         return list(found.values())
+
+    def _runs_and_probe(self, cell: Cell) -> list[Run]:
+        return self.runs(cell) + (self.runs(cell, probe=True) if self._probes(cell) else [])
+
+    def follow(self, cells: list[Cell]) -> int:
+        """What the other processes do: takes part in every run that process 0 trains; returns its exit status.
+
+        Raises RunError where process 0 trains something that is not among the cells' runs.
+        """
+        known = {run.fingerprint(): (cell, run) for cell in cells for run in self._runs_and_probe(cell)}
+        while (said := processes.hear().split())[0] == "train":
+            if said[1] not in known:
+                raise RunError("this process has other data or another config than process 0: give all the same")
+            cell, run = known[said[1]]
+            # The weights come from process 0, published ones too.
+            run = run._replace(stage=dataclasses.replace(run.stage, init=None))
+            with contextlib.suppress(RunError, Stopped, UserError):  # process 0 meets the same, and reports it
+                train_run(run, self.given(cell, run.stage.on)[0], None, Watch(stop=self.stop))
+        return int(said[1])
 
     def _check_fits(self, cells: list[Cell]) -> None:
         """Raises UserError where a network that is still to be trained does not take its images or its first weights.

@@ -15,7 +15,7 @@ import numpy as np
 import optax
 from clu.parameter_overview import get_parameter_overview
 
-from jaxsd import weights
+from jaxsd import processes, weights
 from jaxsd.data.source import Source
 from jaxsd.errors import RunError, Stopped, UserError
 from jaxsd.models.forward import STANDARDISE
@@ -283,10 +283,16 @@ def train_run(
     checks: tuple[Source | None, Check | None] = (None, None),
     folder: Path | None = None,
 ) -> Trained:
-    """`run_stage` without its care for the workdir: starts the network, computes the trunk, runs the loop."""
+    """`run_stage` without its care for the workdir: starts the network, computes the trunk, runs the loop.
+
+    Several processes train it together, from the state of process 0.
+    """
     stage, (validation, test) = run.stage, checks
     viewed = stage.view(source)
+    if folder is not None:
+        processes.say(f"train {run.fingerprint()}")
     state, lines = start(stage, run.key(), viewed, run.standard, parent)
+    state = processes.share(state)
     # Not the run's own key: arms that are paired by seed see the same images in the same order.
     plan = plan_of(stage, jax.random.key(run.seed), len(viewed))
     watch.where = f"{'/'.join(run.path)} seed {run.seed}"
@@ -322,6 +328,7 @@ def _trunk(
     prefix = set(getattr(stage.model, "prefix", ()))
     if not prefix or not prefix <= set(stage.freeze):
         return None
+    alone = not processes.several()  # else nothing that one process could do without the others
     known = trunk.compute(
         stage.objective,
         merge(state.params, state.frozen),
@@ -329,9 +336,9 @@ def _trunk(
         data,
         grid=viewed.grid,
         place=stage.trunk,
-        folder=folder / "trunk" if folder is not None else None,
+        folder=folder / "trunk" if folder is not None and alone else None,
         stamp=run.fingerprint(),
-        stop=watch.stop,
+        stop=watch.stop if alone else None,
         where=watch.where,
     )
     watch.spent = known.seconds

@@ -19,6 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 
+from jaxsd import processes
 from jaxsd.errors import RunError
 from jaxsd.train.state import State, flat, merge, partition
 from jaxsd.workdir import log
@@ -56,7 +57,8 @@ class Checkpoints:
 
     def __init__(self, directory: Path, *, keep: int = 2):
         self.directory = Path(directory)
-        options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=True, cleanup_tmp_directories=True)
+        self.directory.mkdir(parents=True, exist_ok=True)
+        options = _options(max_to_keep=keep, cleanup_tmp_directories=True)
         with _quiet():
             self._manager = ocp.CheckpointManager(
                 self.directory.absolute(), item_names=("model", "training", "record"), options=options
@@ -72,7 +74,10 @@ class Checkpoints:
         The arrays must not be given away (donated) until `wait` returns.
         """
         model = {"params": merge(state.params, state.frozen), "extra": state.extra}
-        training = {"opt_state": state.opt_state, "key": state.key, "step": state.step, "sums": sums}
+        key = jax.random.key_data(state.key)
+        training = {"opt_state": state.opt_state, "key": key, "step": state.step, "sums": sums}
+        if processes.several():  # Orbax takes arrays of one process among several from the host only
+            model, training = processes.host((model, training))
         record = {"model": _checksums(model), "training": _checksums(training), "seconds": seconds}
         args = ocp.args.Composite(
             model=ocp.args.StandardSave(model),
@@ -110,12 +115,14 @@ class Checkpoints:
         """The checkpoint of a step, placed as `state` and `sums` are; RunError where it is damaged."""
         like = jax.tree.map(_abstract, (state, sums))
         model = {"params": merge(like[0].params, like[0].frozen), "extra": like[0].extra}
-        training = {"opt_state": like[0].opt_state, "key": like[0].key, "step": like[0].step, "sums": like[1]}
+        key = jax.eval_shape(jax.random.key_data, like[0].key).update(sharding=like[0].key.sharding)
+        training = {"opt_state": like[0].opt_state, "key": key, "step": like[0].step, "sums": like[1]}
         saved = _read(self._manager, self.directory, step, {"model": model, "training": training})
         model, training = saved["model"], saved["training"]
         names = ["/".join(path) for path in flat(state.frozen)]
         params, frozen = partition(model["params"], names)
-        restored = State(training["step"], params, frozen, model["extra"], training["opt_state"], training["key"])
+        key = jax.random.wrap_key_data(training["key"])
+        restored = State(training["step"], params, frozen, model["extra"], training["opt_state"], key)
         return Saved(step, restored, training["sums"], saved["record"]["seconds"])
 
     def close(self) -> None:
@@ -129,7 +136,7 @@ def restore_model(directory: Path, model: Tree) -> Tree:
 
     Raises RunError where there is none or it is damaged.
     """
-    with _quiet(), ocp.CheckpointManager(Path(directory).absolute()) as manager:
+    with _quiet(), ocp.CheckpointManager(Path(directory).absolute(), options=_options()) as manager:
         step = manager.latest_step()
         if step is None:
             raise RunError(f"there is no checkpoint in {directory}")
@@ -138,12 +145,20 @@ def restore_model(directory: Path, model: Tree) -> Tree:
 
 def read_model(directory: Path) -> Tree:
     """The newest {"params", "extra"} in a checkpoint folder as it was saved, in numpy arrays, whatever they are."""
-    with _quiet(), ocp.CheckpointManager(Path(directory).absolute()) as manager:
+    with _quiet(), ocp.CheckpointManager(Path(directory).absolute(), options=_options()) as manager:
         step = manager.latest_step()
         if step is None:
             raise RunError(f"no checkpoint in {directory}")
         saved = manager.restore(step, args=ocp.args.Composite(model=ocp.args.StandardRestore()))["model"]
     return jax.tree.map(np.asarray, saved)
+
+
+def _options(**options: Any) -> ocp.CheckpointManagerOptions:
+    """Options of a manager; where there are several processes, of one that waits for no other."""
+    if processes.several():
+        only = ocp.options.MultiprocessingOptions(primary_host=0, active_processes={0}, barrier_sync_key_prefix="first")
+        options |= {"create": False, "multiprocessing_options": only}
+    return ocp.CheckpointManagerOptions(**options)
 
 
 def _read(manager: ocp.CheckpointManager, directory: Path, step: int, like: dict[str, Tree]) -> dict[str, Any]:

@@ -15,6 +15,7 @@ import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 from tqdm import tqdm
 
+from jaxsd import processes
 from jaxsd.data.batches import cut, epoch_batches, fitting, ordered_batches
 from jaxsd.data.source import Grid
 from jaxsd.errors import RunError, Stopped
@@ -94,8 +95,10 @@ def spread(tree: Tree, mesh: Mesh | None) -> Tree:
 
     Arrays that could be moved make another program, which a resumed run would have to compile anew.
     """
-    one = SingleDeviceSharding(jax.local_devices()[0])
-    return jax.device_put(tree, NamedSharding(mesh, PartitionSpec()) if mesh else one)
+    if mesh is None:
+        return jax.device_put(tree, SingleDeviceSharding(jax.local_devices()[0]))
+    everywhere = NamedSharding(mesh, PartitionSpec())
+    return (jax.device_put if everywhere.is_fully_addressable else processes.put)(tree, everywhere)
 
 
 def gather(
@@ -174,28 +177,34 @@ def run(
     index, _ = plan.batches(0)
     steps, batch_size = index.shape
     mesh = _mesh_for(batch_size, watch.where)
+    own = None if processes.several() else mesh  # checkpoints are read by one process, for all
     step, advance = compiled(objective, optimiser, augment, mesh, grid)
-    state, placed = spread(state, mesh), spread(data, mesh)
+    state, placed = spread(state, own), spread(data, mesh)
     fed = feed(index[0]) if feed is not None else None
-    sums = spread(_no_sums(step, functools.partial(gather, mesh=None, grid=grid), state, placed, fed, batch_size), mesh)
+    sums = spread(_no_sums(step, functools.partial(gather, mesh=None, grid=grid), state, placed, fed, batch_size), own)
     done, seconds = 0, watch.spent
     if watch.checkpoints is not None and (saved := watch.checkpoints.resume(state, sums)) is not None:
         done, state, sums, seconds = saved
         log.info("%s: continues at step %d of %d", watch.where, done, plan.epochs * steps)
+    state, sums, numbers = processes.share((state, sums, np.array([done, seconds])))
+    (done, seconds), (state, sums) = (int(numbers[0]), float(numbers[1])), spread((state, sums), mesh)
     if watch.journal is not None:
         watch.journal.rewind(done)
     loop = _Loop(watch, plan, steps, seconds, feed)
     loop.stop_if_asked(done, None, None)
-    with tqdm(total=plan.epochs * steps, initial=done, desc=watch.where, unit="step", disable=None, leave=False) as bar:
+    shown = {"desc": watch.where, "unit": "step", "leave": False, "disable": None if processes.leads() else True}
+    with tqdm(total=plan.epochs * steps, initial=done, **shown) as bar:
         for epoch in range(done // steps, plan.epochs):
             state, sums = loop.epoch(epoch, state, sums, placed, advance, mesh, bar)
     if done < plan.epochs * steps:
         loop.save(plan.epochs * steps, state, sums)
-    return state
+    return processes.local(state)
 
 
 def _mesh_for(batch_size: int, where: str) -> Mesh | None:
-    mesh, count = data_mesh(batch_size), len(jax.local_devices())
+    several = processes.several()
+    mesh = processes.mesh(batch_size) if several else data_mesh(batch_size)
+    count = len(jax.devices() if several else jax.local_devices())
     used = mesh.size if mesh else 1
     if used < count:
         log.warning(
@@ -212,7 +221,9 @@ class _Loop:
         self.seconds = seconds  # of training before the time `since`; what is between epochs does not count
         self.since: float | None = None
         self.saved = time.monotonic()
-        self.window: deque[tuple[int, jax.Array]] = deque()
+        self.window: deque[tuple[int, jax.Array, jax.Array | None]] = deque()
+        # A signal that any process has got, and from which step on all know of it.
+        self.agreed = (int(processes.greatest(watch.stop.signal or 0)), 0) if processes.several() else (0, 0)
 
     def epoch(self, epoch, state, sums, data, advance, mesh, bar):
         start = self.since = time.monotonic()
@@ -248,7 +259,7 @@ class _Loop:
         entry["seconds"] = round(self.seconds, 3)
         entries = [entry]
         for split, check in self.watch.checks.items():
-            entries.append({"step": step, "epoch": epoch + 1, "split": split, **check(state)})
+            entries.append({"step": step, "epoch": epoch + 1, "split": split, **check(processes.local(state))})
         for entry in entries:
             if self.watch.journal is not None:
                 self.watch.journal.write(entry)
@@ -259,11 +270,14 @@ class _Loop:
     def _look(self, step: int, loss: jax.Array | None, ahead: int) -> None:
         """Waits for losses that are `ahead` steps old; the device always has work queued behind them."""
         if loss is not None:
-            self.window.append((step, loss))
+            ask = processes.several() and step % AHEAD == 0
+            self.window.append((step, loss, processes.greatest(self.watch.stop.signal or 0) if ask else None))
         while len(self.window) > ahead:
-            at, loss = self.window.popleft()
+            at, loss, asked = self.window.popleft()
             if not math.isfinite(float(loss)):
                 self._fail(at, f"the loss became {float(loss)}")
+            if asked is not None and not self.agreed[0]:
+                self.agreed = (int(asked), at + AHEAD)
 
     def _fail(self, step: int, what: str) -> None:
         kept = self.watch.checkpoints.latest() if self.watch.checkpoints is not None else None
@@ -279,7 +293,8 @@ class _Loop:
             return
         if time.monotonic() - self.saved >= self.watch.save_seconds:
             # The next step gives these buffers away while Orbax still writes them: save copies.
-            self.save(step, *jax.tree.map(jnp.copy, (state, sums)), wait=False)
+            kept = (state, sums) if processes.several() else jax.tree.map(jnp.copy, (state, sums))
+            self.save(step, *kept, wait=False)
             self.saved = time.monotonic()
 
     def save(self, step: int, state: State, sums: Tree, *, wait: bool = True) -> None:
@@ -295,7 +310,7 @@ class _Loop:
 
     def stop_if_asked(self, step: int, state: State | None, sums: Tree) -> None:
         """Raises Stopped where a signal has come, with the state saved if there is one that is not yet."""
-        if self.watch.stop.signal is None:
+        if (signal := self._asked(step)) is None:
             return
         if state is not None and (self.watch.checkpoints is None or self.watch.checkpoints.latest() != step):
             self.save(step, state, sums)
@@ -303,8 +318,15 @@ class _Loop:
         raise Stopped(
             f"stopped at {self.watch.where}, step {step} of {self.plan.epochs * self.steps}; {kept}; "
             "the same command goes on from there",
-            self.watch.stop.signal,
+            signal,
         )
+
+    def _asked(self, step: int) -> int | None:
+        """The signal to stop at this step; of several processes all give the same answer."""
+        if not processes.several():
+            return self.watch.stop.signal
+        signal, since = self.agreed
+        return signal if signal and (step >= since or step % self.steps == 0) else None
 
 
 def _no_sums(

@@ -116,7 +116,7 @@ def _chosen(place: str, size: int, folder: Path | None) -> str:
     if place not in PLACES or place == "never":
         raise UserError(f"trunk: {place!r} is no place for features: choose from {', '.join(PLACES)}")
     if place == "disk" and folder is None:
-        raise UserError("trunk: 'disk' needs a workdir: choose 'host'")
+        raise UserError("trunk: 'disk' needs a workdir and a single process: choose 'host'")
     if place != "auto":
         return place
     memory = _memory()
