@@ -105,7 +105,7 @@ def _progress(workdir: Path) -> int:
 
 def _saving(workdir: Path) -> bool:
     """Whether a checkpoint is being written."""
-    return any("tmp" in name for _, names, _ in os.walk(workdir / "stages") for name in names)
+    return any(".part" in name for _, names, _ in os.walk(workdir / "stages") for name in names)
 
 
 def _kill_along(command: Sequence[str], workdir: Path, kills: int, seed: int, total: int) -> None:

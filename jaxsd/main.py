@@ -59,6 +59,9 @@ def main(argv: list[str]) -> int:
         return _failed(error, 2)
     except RunError as error:
         return _failed(error, 1)
+    except OSError as error:  # of the machine: a full disk, a folder that is gone or may not be written
+        what = f"{error.filename or 'writing to the workdir'}: {error.strerror or error}"
+        return _failed(f"{what}; once that is mended the same command goes on from what is saved", 1)
     except Exception as error:  # one line is for people; the traceback is in the log
         return _failed(f"{type(error).__name__}: {error}; the traceback is in log.txt of the workdir", 1)
 

@@ -3,6 +3,8 @@
 import dataclasses
 import json
 import logging
+import os
+import platform
 import threading
 
 import jax
@@ -272,7 +274,7 @@ def test_a_stage_that_another_process_trains_is_waited_for(tmp_path):
     held, finished = threading.Event(), threading.Event()
 
     def other():
-        with locked(run.folder(tmp_path) / ".lock", lambda: None):
+        with locked(run.folder(tmp_path) / ".lock", lambda owner: None):
             held.set()
             assert finished.wait(60)
 
@@ -283,7 +285,7 @@ def test_a_stage_that_another_process_trains_is_waited_for(tmp_path):
     holder.start()
     assert held.wait(60)
     stop = loop.Stop(signal=15)
-    with pytest.raises(Stopped, match="another process"):
+    with pytest.raises(Stopped, match=f"stopped at .*, which process {os.getpid()} on {platform.node()} trains"):
         trained(run, tmp_path, stop=stop)
     waiter.start()
     waiter.join(0.5)

@@ -79,6 +79,7 @@ class Watch:
     stop: Stop = dataclasses.field(default_factory=Stop)
     on_epoch: Callable[[dict[str, Any]], None] = lambda entry: None
     checks: dict[str, Callable[[State], dict[str, float]]] = dataclasses.field(default_factory=dict)  # after each epoch
+    best: str | None = None  # the check that says which epoch is the best one, whose checkpoint is kept as well
     spent: float = 0.0  # seconds of work before the first step
 
 
@@ -212,6 +213,7 @@ class _Loop:
         self.seconds = seconds  # of training before the time `since`; what is between epochs does not count
         self.since: float | None = None
         self.saved = time.monotonic()
+        self.score: float | None = None  # of the epoch that has just ended, by the check that chooses the best
         self.window: deque[tuple[int, jax.Array]] = deque()
 
     def epoch(self, epoch, state, sums, data, advance, mesh, bar):
@@ -220,6 +222,7 @@ class _Loop:
         rates = self.plan.rates[epoch * self.steps : (epoch + 1) * self.steps]
         order = spread([np.asarray(part) for part in (index, mask, rates)], mesh)
         done = first = int(sums["steps"])
+        self.score = None
         for done in range(first + 1, self.steps + 1):
             fed = self.feed(index[done - 1]) if self.feed is not None else None
             state, sums, loss = advance(state, sums, data, fed, *order)
@@ -248,7 +251,10 @@ class _Loop:
         entry["seconds"] = round(self.seconds, 3)
         entries = [entry]
         for split, check in self.watch.checks.items():
-            entries.append({"step": step, "epoch": epoch + 1, "split": split, **check(state)})
+            found = check(state)
+            entries.append({"step": step, "epoch": epoch + 1, "split": split, **found})
+            if split == self.watch.best:
+                self.score = found["accuracy"] if "accuracy" in found else -found["mae"]
         for entry in entries:
             if self.watch.journal is not None:
                 self.watch.journal.write(entry)
@@ -277,10 +283,16 @@ class _Loop:
         self.stop_if_asked(step, state, sums)
         if self.watch.checkpoints is None or step == self.plan.epochs * self.steps:
             return
-        if time.monotonic() - self.saved >= self.watch.save_seconds:
+        if time.monotonic() - self.saved >= self.watch.save_seconds or self._is_best():
             # The next step gives these buffers away while Orbax still writes them: save copies.
             self.save(step, *jax.tree.map(jnp.copy, (state, sums)), wait=False)
             self.saved = time.monotonic()
+
+    def _is_best(self) -> bool:
+        if self.score is None or self.watch.checkpoints is None:
+            return False
+        best = self.watch.checkpoints.best()
+        return best is None or self.score > best[1]
 
     def save(self, step: int, state: State, sums: Tree, *, wait: bool = True) -> None:
         """Writes a checkpoint, after a look at the losses until now and at the weights."""
@@ -289,7 +301,7 @@ class _Loop:
         if not all(np.isfinite(np.asarray(x)).all() for x in floats):
             self._fail(step, "a weight became infinite or NaN")
         if self.watch.checkpoints is not None:
-            self.watch.checkpoints.save(step, state, sums, seconds=self._elapsed())
+            self.watch.checkpoints.save(step, state, sums, seconds=self._elapsed(), score=self.score)
             if wait:
                 self.watch.checkpoints.wait()
 
