@@ -84,7 +84,8 @@ class Checkpoints:
             training=ocp.args.StandardSave(training),
             record=ocp.args.JsonSave(record),
         )
-        self._writing = self._thread.submit(self._write, step, args, score)
+        self._scores[step] = score
+        self._writing = self._thread.submit(self._write, step, args)
 
     def wait(self) -> None:
         """Returns when everything is on disk; RunError where it could not be written."""
@@ -92,7 +93,7 @@ class Checkpoints:
         if writing is not None:
             writing.result()
 
-    def _write(self, step: int, args: ocp.args.Composite, score: float | None) -> None:
+    def _write(self, step: int, args: ocp.args.Composite) -> None:
         part = self.directory / f"{step}.part"
         try:
             if not self.directory.is_dir():  # Orbax would make it anew, without what was in it
@@ -104,13 +105,13 @@ class Checkpoints:
         except Exception as error:  # tensorstore raises ValueError for a full disk
             for leftover in self.directory.glob("*.part*"):
                 shutil.rmtree(leftover, ignore_errors=True)
+            self._scores.pop(step)
             kept = max(steps(self.directory), default=None)
             raise RunError(
                 f"the checkpoint of step {step} could not be written to {self.directory} ({_reason(error)}); "
                 + ("there is none before it" if kept is None else f"the one of step {kept} stays")
-                + "; once that is mended the same command goes on from there"
+                + "; once that is mended give the same command again"
             ) from error
-        self._scores[step] = score
         self._drop_old()
 
     def _drop_old(self) -> None:
