@@ -126,10 +126,11 @@ def positions(folder):
         yield from ((path, (start + end) // 2) for start, end in zip(blocks, ends, strict=True))
 
 
-@pytest.mark.parametrize("every", [17, pytest.param(1, marks=pytest.mark.slow)])
-def test_a_flipped_byte_is_noticed_everywhere(tmp_path, every, capfd):
+@pytest.mark.parametrize(("every", "width"), [(17, 64), pytest.param(1, 256, marks=pytest.mark.slow)])
+def test_a_flipped_byte_is_noticed_everywhere(tmp_path, every, width, capfd):
     """In every file and every block; of `every`-th flips it is counted what Orbax alone would have made of them."""
-    checkpoints, kept = checkpointed(tmp_path, SGD, 1, objective=WIDE)
+    objective = objectives.rotation(Small(outputs=4, frozen=("block1",), widths=(width, width)))
+    checkpoints, kept = checkpointed(tmp_path, SGD, 1, objective=objective)
     checkpoints.close()
     folder, state = tmp_path / "1", kept[1]
     training = {"opt_state": state.opt_state, "key": state.key, "step": state.step, "sums": sums_of(1)}
