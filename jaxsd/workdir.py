@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
-from jaxsd.errors import UserError
+from jaxsd.errors import RunError, UserError
 
 try:
     import fcntl
@@ -39,11 +39,13 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def read_json(path: Path) -> Any | None:
-    """The value in a JSON file; None where there is no file."""
+    """The value in a JSON file; None where there is no file; RunError where it holds no JSON."""
     try:
         return json.loads(Path(path).read_text())
     except FileNotFoundError:
         return None
+    except ValueError as error:
+        raise RunError(f"{path} is damaged ({error}): remove it, what it said is found out again") from error
 
 
 def fingerprint(value: Any) -> str:
