@@ -8,6 +8,7 @@ A checkpoint is written to a folder `STEP.part`, sealed there, then renamed to `
 Orbax does not notice most damage to its files and casts other types silently, so both are checked before it reads.
 """
 
+import errno
 import json
 import logging
 import os
@@ -85,7 +86,8 @@ class Checkpoints:
             record=ocp.args.JsonSave(record),
         )
         self._scores[step] = score
-        self._writing = self._thread.submit(self._write, step, args)
+        size = sum(leaf.nbytes for leaf in jax.tree.leaves((model, training)))
+        self._writing = self._thread.submit(self._write, step, args, size)
 
     def wait(self) -> None:
         """Returns when everything is on disk; RunError where it could not be written."""
@@ -93,11 +95,13 @@ class Checkpoints:
         if writing is not None:
             writing.result()
 
-    def _write(self, step: int, args: ocp.args.Composite) -> None:
+    def _write(self, step: int, args: ocp.args.Composite, size: int) -> None:
         part = self.directory / f"{step}.part"
         try:
             if not self.directory.is_dir():  # Orbax would make it anew, without what was in it
                 raise FileNotFoundError(None, "the folder has vanished")
+            if size > shutil.disk_usage(self.directory).free:  # where tensorstore fails, its threads go on complaining
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             with ocp.Checkpointer(ocp.CompositeCheckpointHandler(*PARTS)) as checkpointer:
                 checkpointer.save(part, args=args, force=True)
             seal(part)
@@ -248,7 +252,8 @@ def _reason(error: Exception) -> str:
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
     text = str(error)
-    known = (os.strerror(number) for number in (28, 30, 13, 122, 5, 2, 27))
+    numbers = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EIO, errno.ENOENT)
+    known = (os.strerror(number) for number in numbers)
     return next((words for words in known if words in text), f"{type(error).__name__}: {text[:200]}")
 
 
