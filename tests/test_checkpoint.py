@@ -3,7 +3,10 @@
 import json
 import logging
 import shutil
+import subprocess
+import sys
 import warnings
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +25,7 @@ from jaxsd.train.manifest import MANIFEST, damage, seal
 from jaxsd.train.state import merge
 from jaxsd.workdir import Journal
 
+ROOT = Path(__file__).parents[1]
 WIDE = objectives.rotation(Small(outputs=4, frozen=("block1",), widths=(64, 64)))  # tensors of kilobytes
 
 
@@ -111,6 +115,7 @@ def test_no_checkpoint_and_a_damaged_one_say_so(tmp_path):
     folder, model = tmp_path / "checkpoints", model_of(state)
     same(restore_model(folder, model), model)
     same(arrays(read_model(folder)), arrays(model))
+    assert jax.tree.structure(read_model(folder)) == jax.tree.structure(model)
     flip(folder / "3/record/metadata", 5)
     for read in (lambda folder: restore_model(folder, model), read_model):
         with pytest.raises(RunError, match="the checkpoint of step 3 in .* is damaged .record/metadata is not as"):
@@ -192,6 +197,18 @@ def test_another_type_or_shape_is_refused_by_name(tmp_path):
         checkpoints.resume(state, {name: value for name, value in sums_of(1).items() if name != "weight"})
     assert damage(tmp_path / "1") is None and not (tmp_path.parent / "damaged").exists()
     checkpoints.close()
+
+
+def test_a_network_is_read_where_there_are_fewer_devices(tmp_path, devices):
+    devices(4)
+    state = run_in(tmp_path, plan_of(10, epochs=1))
+    assert len(state.step.sharding.device_set) == 4
+    script = "import sys, numpy, jax; from pathlib import Path; from jaxsd.train.checkpoint import read_model\n"
+    script += "model = read_model(Path(sys.argv[1])); assert jax.device_count() == 1\n"
+    script += "print(model['params']['head']['bias'].tobytes().hex())"
+    command = [sys.executable, "-c", script, str(tmp_path / "checkpoints")]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout.strip() == np.asarray(state.params["head"]["bias"]).tobytes().hex(), done.stderr
 
 
 # what is kept

@@ -71,13 +71,14 @@ def test_a_full_disk_ends_the_run_and_loses_nothing(tmp_path):
         f"the checkpoint of step 7 could not be written to {folder} (File too large); the one of step 6 stays; once "
         "that is mended give the same command again"
     )
-    assert sorted(path.name for path in folder.iterdir()) == ["5", "6"]
+    assert steps(folder) == [5, 6]
     same(run_in(tmp_path / "full", plan, objective=WIDE), wanted)
+    assert sorted(path.name for path in folder.iterdir()) == ["6", "9"]
 
 
 @needs_mounts
 @pytest.mark.slow
-@pytest.mark.parametrize("size", ["12k", "60k", "200k", "400k", "600k"])
+@pytest.mark.parametrize("size", ["12k", "60k", "200k", "400k"])
 def test_the_command_on_a_full_disk(tmp_path, size):
     """Wherever the room ends: one line and status 1; then, with more room, the table of a run without trouble."""
     script = """

@@ -13,7 +13,6 @@ import json
 import logging
 import os
 import shutil
-import warnings
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -138,7 +137,7 @@ class Checkpoints:
         for step in reversed(steps(self.directory)):
             what = damage(self.directory / str(step))
             if what is None:
-                saved = self.restore(step, state, sums, verified=True)
+                saved = self._restored(self.directory / str(step), state, sums)
                 self._set_aside(damaged, step)
                 return saved
             damaged[step] = what
@@ -163,17 +162,20 @@ class Checkpoints:
             os.rename(self.directory / str(step), aside / str(step))
             self._scores.pop(step, None)
 
-    def restore(self, step: int, state: State, sums: Tree, *, verified: bool = False) -> Saved:
+    def restore(self, step: int, state: State, sums: Tree) -> Saved:
         """The checkpoint of a step, placed as `state` and `sums` are; RunError where it is damaged."""
+        return self._restored(_whole(self.directory, step), state, sums)
+
+    def _restored(self, folder: Path, state: State, sums: Tree) -> Saved:
         like = jax.tree.map(_abstract, (state, sums))
         model = {"params": merge(like[0].params, like[0].frozen), "extra": like[0].extra}
         training = {"opt_state": like[0].opt_state, "key": like[0].key, "step": like[0].step, "sums": like[1]}
-        saved = _read(self.directory, step, {"model": model, "training": training}, verified=verified)
+        saved = _read(folder, {"model": model, "training": training})
         model, training = saved["model"], saved["training"]
         names = ["/".join(path) for path in flat(state.frozen)]
         params, frozen = partition(model["params"], names)
         restored = State(training["step"], params, frozen, model["extra"], training["opt_state"], training["key"])
-        return Saved(step, restored, training["sums"], _record(self.directory / str(step))["seconds"])
+        return Saved(int(folder.name), restored, training["sums"], _record(folder)["seconds"])
 
     def close(self) -> None:
         """Waits for the last write and lets go of the folder."""
@@ -192,9 +194,9 @@ def steps(directory: Path) -> list[int]:
 def restore_model(directory: Path, model: Tree, step: int | None = None) -> Tree:
     """{"params", "extra"} of a step, by default the newest, in a checkpoint folder; `model` says shapes and types.
 
-    Raises RunError where there is none or it is damaged.
+    Raises RunError where there is none, it is damaged or it does not fit.
     """
-    return _read(directory, step, {"model": jax.tree.map(_abstract, model)})["model"]
+    return _read(_whole(directory, step), {"model": jax.tree.map(_abstract, model)})["model"]
 
 
 def read_model(directory: Path, step: int | None = None) -> Tree:
@@ -202,25 +204,34 @@ def read_model(directory: Path, step: int | None = None) -> Tree:
 
     Raises RunError where there is none or it is damaged.
     """
-    return jax.tree.map(np.asarray, _read(directory, step, {"model": None})["model"])
+    folder = _whole(directory, step)
+    with ocp.Checkpointer(ocp.StandardCheckpointHandler()) as checkpointer:
+        kinds = checkpointer.metadata(folder / "model").item_metadata.tree
+    # Placed here: the devices on which it was saved need not be there.
+    like = jax.tree.map(lambda leaf: _abstract(jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)), kinds)
+    return jax.tree.map(np.asarray, _read(folder, {"model": like})["model"])
 
 
-def _read(directory: Path, step: int | None, like: dict[str, Tree], *, verified: bool = False) -> dict[str, Tree]:
-    """The named parts of a checkpoint that is whole and fits; without a tree (None) as it was saved."""
+def _whole(directory: Path, step: int | None) -> Path:
+    """The folder of a step, by default the newest, that is there and as it was written."""
     present = steps(directory)
     if not present or step not in {None, *present}:
         raise RunError(f"there is no checkpoint{'' if step is None else f' of step {step}'} in {directory}")
-    step = present[-1] if step is None else step
-    folder = Path(directory, str(step)).absolute()
-    if not verified and (what := damage(folder)) is not None:
-        raise RunError(f"the checkpoint of step {step} in {directory} is damaged ({what})")
+    folder = Path(directory, str(present[-1] if step is None else step)).absolute()
+    if (what := damage(folder)) is not None:
+        raise RunError(f"the checkpoint of step {folder.name} in {directory} is damaged ({what})")
+    return folder
+
+
+def _read(folder: Path, like: dict[str, Tree]) -> dict[str, Tree]:
+    """The named parts of a checkpoint that is whole; RunError where a tensor is of another type or shape."""
     record = _record(folder)
     for name, tree in like.items():
-        if tree is not None and (what := _misfit(record[name], _kinds(tree))) is not None:
-            raise RunError(f"the checkpoint of step {step} in {directory} is of another network or recipe: {what}")
+        if (what := _misfit(record[name], _kinds(tree))) is not None:
+            where = f"the checkpoint of step {folder.name} in {folder.parent}"
+            raise RunError(f"{where} is of another network or recipe: {what}")
     args = ocp.args.Composite(**{name: ocp.args.StandardRestore(tree) for name, tree in like.items()})
-    with warnings.catch_warnings(), ocp.Checkpointer(ocp.CompositeCheckpointHandler(*PARTS)) as checkpointer:
-        warnings.filterwarnings("ignore", message=".*[Ss]harding info.*")
+    with ocp.Checkpointer(ocp.CompositeCheckpointHandler(*PARTS)) as checkpointer:
         return dict(checkpointer.restore(folder, args=args))
 
 
