@@ -17,13 +17,14 @@ from small import FROZEN, SGD, Small, arrays, plan_of, same, source_of, state_of
 from test_interruptions import checkpointed, run_in, sums_of, timeless
 
 from jaxsd import objectives
+from jaxsd.check import compare
 from jaxsd.errors import RunError, Stopped
 from jaxsd.stage import data_of
 from jaxsd.train import loop
 from jaxsd.train.checkpoint import Checkpoints, read_model, restore_model, steps
 from jaxsd.train.manifest import MANIFEST, damage, seal
 from jaxsd.train.state import merge
-from jaxsd.workdir import Journal
+from jaxsd.workdir import Journal, write_json
 
 ROOT = Path(__file__).parents[1]
 WIDE = objectives.rotation(Small(outputs=4, frozen=("block1",), widths=(64, 64)))  # tensors of kilobytes
@@ -209,6 +210,23 @@ def test_a_network_is_read_where_there_are_fewer_devices(tmp_path, devices):
     command = [sys.executable, "-c", script, str(tmp_path / "checkpoints")]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.stdout.strip() == np.asarray(state.params["head"]["bias"]).tobytes().hex(), done.stderr
+
+
+def test_a_comparison_of_runs_names_the_tensor(tmp_path):
+    straight, killed = tmp_path / "straight", tmp_path / "killed"
+    folder = straight / "stages/half/seed0"
+    state = run_in(folder, plan_of(10, epochs=1))
+    write_json(folder / "done.json", {})
+    write_json(straight / "summary.json", {"rows": []})
+    shutil.copytree(straight, killed)
+    assert compare(straight, killed) == []
+    shutil.rmtree(killed / "stages/half/seed0/checkpoints/3")
+    head = state.params["head"]
+    changed = {**state.params, "head": {**head, "bias": jnp.nextafter(head["bias"], jnp.inf)}}
+    checkpoints = Checkpoints(killed / "stages/half/seed0/checkpoints")
+    checkpoints.save(3, state.replace(params=changed), sums_of(0))
+    checkpoints.close()
+    assert compare(straight, killed) == ["stages/half/seed0: ['params']['head']['bias']"]
 
 
 # what is kept

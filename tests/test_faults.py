@@ -1,7 +1,9 @@
 """What a machine does to a run: full disks, folders that are gone or may not be written, two processes, signals."""
 
+import logging
 import os
 import platform
+import re
 import resource
 import shutil
 import subprocess
@@ -15,10 +17,10 @@ from small import plan_of, same
 from test_checkpoint import WIDE
 from test_interruptions import run_in
 
-from jaxsd.errors import RunError
+from jaxsd.errors import RunError, UserError
 from jaxsd.train import loop, trunk
 from jaxsd.train.checkpoint import steps
-from jaxsd.workdir import locked, read_json, write_json
+from jaxsd.workdir import locked, log, read_json, start_log, write_json
 
 ROOT = Path(__file__).parents[1]
 ALONE = ["unshare", "--user", "--map-root-user", "--mount"]  # a name space in which anyone may mount
@@ -39,10 +41,6 @@ def shell(script, *words):
     command = [*ALONE, "bash", "-ec", script, "bash", *map(str, words)]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     return done.stdout, done.stderr
-
-
-def files(folder):
-    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 # the disk
@@ -108,6 +106,22 @@ def test_a_workdir_that_may_not_be_written(tmp_path):
     )
 
 
+def test_a_workdir_without_permission(tmp_path, monkeypatch):
+    monkeypatch.setattr(log, "handlers", [])
+    for name in ("level", "propagate"):
+        monkeypatch.setattr(log, name, getattr(log, name))
+    monkeypatch.setattr(logging, "raiseExceptions", True)
+    tmp_path.chmod(0o555)
+    user = os.geteuid()
+    if user == 0:  # whom nothing is forbidden
+        os.seteuid(65534)
+    try:
+        with pytest.raises(UserError, match=r"workdir .*run cannot be written \(Permission denied\): take another"):
+            start_log(tmp_path / "run/log.txt")
+    finally:
+        os.seteuid(user)
+
+
 def test_a_file_that_cannot_be_written_leaves_the_old_one(tmp_path, monkeypatch):
     write_json(tmp_path / "value.json", {"old": 1})
 
@@ -167,6 +181,7 @@ def test_a_lock_names_its_owner_and_a_stale_one_is_taken_over(tmp_path, caplog):
     with subprocess.Popen([sys.executable, "-c", HOLDER, str(lock)], cwd=ROOT, stdout=subprocess.PIPE, text=True) as it:
         try:
             assert it.stdout.readline() == "held\n"
+            log.propagate = True
             owner, asked, entered = f"process {it.pid} on {platform.node()}", [], threading.Event()
 
             def wait():
@@ -193,6 +208,7 @@ def test_a_lock_names_its_owner_and_a_stale_one_is_taken_over(tmp_path, caplog):
 def test_a_file_system_without_locks_is_said(tmp_path, monkeypatch, caplog):
     import fcntl
 
+    log.propagate = True
     monkeypatch.setattr(fcntl, "flock", lambda *args: (_ for _ in ()).throw(OSError(38, os.strerror(38))))
     with locked(tmp_path / ".lock", lambda who: None):
         assert "cannot be locked (Function not implemented): start only one process for it" in caplog.text
@@ -211,3 +227,13 @@ def test_two_commands_in_one_workdir(tmp_path):
     assert [process.returncode for process in both] == [0, 0], told + said
     assert first == second and (told + said).count("trained in ") == 1
     assert len(steps(next(tmp_path.rglob("checkpoints")))) <= 2
+
+
+# the page about all this
+
+
+def test_the_page_names_tests_that_there_are():
+    named = re.findall(r"`(test_\w+\.py)::(test_\w+)`", (ROOT / "docs" / "trust.md").read_text())
+    assert len(named) > 20
+    for file, test in named:
+        assert f"\ndef {test}(" in (ROOT / "tests" / file).read_text(), f"{file}::{test}"
