@@ -3,10 +3,11 @@
 Prints what the files are, counts per split and class, copies, scores and scenes, and draws images, copies, what stages
 are shown and learning rates; trains nothing. Exit status 0, or 2 where a run would stop with an error.
 
-`python -m jaxsd.check resume --config=... [--kills=N]`: does a run that is killed end as one that is not?
+`python -m jaxsd.check resume --config=... [--kills=N] [--devices=D]`: does a run that is killed end as one that is not?
 
-Runs the config straight, then again with SIGKILL at N random moments spread over its progress, restarting it each time,
-and compares weights bit by bit and metrics.jsonl line by line. Further flags go to jaxsd.main.
+Runs the config straight, then again with SIGKILL at N random moments spread over its progress, every third amid the
+writing of a checkpoint, restarting it each time, and compares weights bit by bit and metrics.jsonl line by line. With
+--devices both runs see so many CPU devices. Further flags go to jaxsd.main. Exit status 0 equal, 1 different.
 """
 
 import argparse
@@ -40,11 +41,12 @@ def main(argv: Sequence[str]) -> int:
     resume.add_argument("--config", required=True)
     resume.add_argument("--kills", type=int, default=5)
     resume.add_argument("--random", type=int, default=0, help="seed of the moments")
+    resume.add_argument("--devices", type=int, default=0, help="CPU devices of both runs; default as there are")
     options, rest = parser.parse_known_args(argv)
     try:
         if options.command == "data":
             return _data(options.config, options.out, rest)
-        return check_resume(options.config, options.kills, options.random, rest)
+        return check_resume(options.config, options.kills, options.random, rest, devices=options.devices)
     except (UserError, RunError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2 if isinstance(error, UserError) else 1
@@ -62,42 +64,55 @@ def _data(config: str, out: str | None, flags: Sequence[str]) -> int:
     return check_data(parsed, Path(out or Path("runs", f"check-{name}")))
 
 
-def check_resume(config: str, kills: int, seed: int, flags: Sequence[str]) -> int:
-    """Both runs and their comparison; prints one line per kill and one verdict."""
+def check_resume(config: str, kills: int, seed: int, flags: Sequence[str], *, devices: int = 0) -> int:
+    """Both runs and their comparison; prints one line per kill and one verdict. devices: of the CPU, 0 for all."""
     root = Path(tempfile.mkdtemp(prefix="jaxsd-check-"))
     straight, killed = root / "straight", root / "killed"
     command = [sys.executable, "-m", "jaxsd.main", f"--config={config}", "--config.save_seconds=0.2", *flags]
     try:
         start = time.monotonic()
-        _finish(command, straight)
-        print(f"straight run: {time.monotonic() - start:.1f} s", flush=True)
-        _kill_along(command, killed, kills, seed, total=_progress(straight))
-        _finish(command, killed)
+        _end(_start(command, straight, devices), straight)
+        stages, epochs = sum(1 for _ in straight.rglob("done.json")), _progress(straight)
+        seconds = time.monotonic() - start
+        print(f"straight run: {seconds:.1f} s, {stages} stages, {epochs} lines of metrics", flush=True)
+        longest = min(1.5, seconds / max(kills, 1))
+        amid = _kill_along(command, killed, kills, random.Random(seed), epochs, longest, devices)
+        _end(_start(command, killed, devices), killed)
         different = compare(straight, killed)
     finally:
         shutil.rmtree(root, ignore_errors=True)
     for line in different[:20]:
         print(f"different: {line}")
-    count = "bit-identical" if not different else f"{len(different)} differences"
-    print(f"{kills} kills of {config}: {count}")
+    count = "bit-identical" if not different else f"{len(different)} differences, first {different[0]}"
+    where = f"{stages} stages" + (f", {devices} devices" if devices else "")
+    print(f"{kills} kills of {config} ({where}), {amid} of them amid a save: {count}")
     return 1 if different else 0
 
 
-def _start(command: Sequence[str], workdir: Path) -> subprocess.Popen:
-    return subprocess.Popen(
-        [*command, f"--workdir={workdir}"], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
-    )
+def _start(command: Sequence[str], workdir: Path, devices: int) -> subprocess.Popen:
+    environment = dict(os.environ)
+    if devices:
+        flags = f"{environment.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={devices}"
+        environment |= {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags}
+    with open(_errors(workdir), "w") as errors:  # a pipe that nobody reads would stop a run with much to say
+        said = {"stdout": subprocess.DEVNULL, "stderr": errors}
+        return subprocess.Popen([*command, f"--workdir={workdir}"], env=environment, **said)
 
 
-def _finish(command: Sequence[str], workdir: Path) -> None:
-    process = _start(command, workdir)
-    _, errors = process.communicate()
-    if process.returncode:
-        raise RunError(f"the run ended with status {process.returncode}: {errors.strip().splitlines()[-1:]}")
+def _errors(workdir: Path) -> Path:
+    return workdir.with_name(f"{workdir.name}.errors")
+
+
+def _end(process: subprocess.Popen, workdir: Path) -> int:
+    """Waits for the end of a run; its status. RunError where it failed."""
+    status = process.wait()
+    if status not in (0, -signal.SIGKILL):
+        raise RunError(f"the run ended with status {status}: {_errors(workdir).read_text().strip().splitlines()[-1:]}")
+    return status
 
 
 def _progress(workdir: Path) -> int:
-    """Epochs written so far, over all stages."""
+    """Lines of metrics written so far, over all stages: one for each epoch and split."""
     folders = os.walk(workdir / "stages")  # unlike glob it bears folders that vanish meanwhile
     journals = [Path(folder, name) for folder, _, names in folders for name in names if name == "metrics.jsonl"]
     return sum(path.read_bytes().count(b"\n") for path in journals)
@@ -105,26 +120,38 @@ def _progress(workdir: Path) -> int:
 
 def _saving(workdir: Path) -> bool:
     """Whether a checkpoint is being written."""
-    return any("tmp" in name for _, names, _ in os.walk(workdir / "stages") for name in names)
+    return any(".part" in name for _, names, _ in os.walk(workdir / "stages") for name in names)
 
 
-def _kill_along(command: Sequence[str], workdir: Path, kills: int, seed: int, total: int) -> None:
-    """Kills a run `kills` times: each time a random while after it has come a further share of the way."""
-    moments = random.Random(seed)
+def _kill_along(
+    command: Sequence[str], workdir: Path, kills: int, moments: random.Random, total: int, longest: float, devices: int
+) -> int:
+    """Kills a run `kills` times: each time up to `longest` seconds after it has come a further share of the way.
+
+    Returns how many of the kills fell within the writing of a checkpoint.
+    """
+    amid = 0
     for kill in range(kills):
-        process = _start(command, workdir)
-        while _progress(workdir) < total * kill / kills and process.poll() is None:
+        said, wanted = _log_size(workdir), total * kill / kills
+        process = _start(command, workdir, devices)
+        while process.poll() is None and (_log_size(workdir) == said or _progress(workdir) < wanted):
             time.sleep(0.01)
-        if kill % 5 == 4:  # every fifth within a save
-            while not _saving(workdir) and process.poll() is None:
-                time.sleep(0.001)
-        else:
-            time.sleep(moments.uniform(0, 1.5))
+        while kill % 3 == 2 and process.poll() is None and not _saving(workdir):
+            time.sleep(0.001)
+        time.sleep(moments.uniform(0, 0.1 if kill % 3 == 2 else longest))
         process.kill()
-        process.communicate()
-        where = f"{_progress(workdir)} of {total} epochs"
-        ended = "" if process.returncode == -signal.SIGKILL else f" (it had ended with {process.returncode})"
-        print(f"kill {kill + 1}: {where}{ended}", flush=True)
+        ended = _end(process, workdir) == 0
+        saving = not ended and _saving(workdir)
+        amid += saving
+        how = " (it had ended)" if ended else ", amid a save" if saving else ""
+        print(f"kill {kill + 1} of {kills}: {_progress(workdir)} of {total} lines of metrics{how}", flush=True)
+    return amid
+
+
+def _log_size(workdir: Path) -> int:
+    """Bytes of log.txt: they grow once a run has read its data."""
+    log = workdir / "log.txt"
+    return log.stat().st_size if log.exists() else 0
 
 
 def compare(straight: Path, killed: Path) -> list[str]:

@@ -246,9 +246,8 @@ class Experiment:
         self.look()
         if name not in self._trained:
             source, _ = self.given(cell, run.stage.on)
-            if done(run, self.workdir):
-                value = restore(run, source, self.workdir)
-            else:
+            value = restore(run, source, self.workdir)
+            if value is None:
                 value = run_stage(
                     run,
                     source,

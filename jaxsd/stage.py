@@ -17,7 +17,7 @@ from clu.parameter_overview import get_parameter_overview
 
 from jaxsd import processes, weights
 from jaxsd.data.source import Source
-from jaxsd.errors import RunError, Stopped, UserError
+from jaxsd.errors import RunError, UserError
 from jaxsd.models.forward import STANDARDISE
 from jaxsd.objectives.objective import Objective
 from jaxsd.train import loop, trunk
@@ -30,7 +30,7 @@ from jaxsd.workdir import Journal, differences, fingerprint, locked, log, read_j
 
 Tree = Any
 Check = Callable[[State], dict[str, float]]
-WEIGHTS_FORMAT = 3  # raised when the same stage would no longer give the same weights or the same files
+WEIGHTS_FORMAT = 4  # raised when the same stage would no longer give the same weights or the same files
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,7 +47,7 @@ class Stage:
         in every step. Nothing is kept where images are augmented: then there is nothing fixed to keep.
     average: how the answers for the patches of an image become one: "probability", "logits" or "vote".
     init: published weights that it begins with, all but the head and `fresh`, where no stage comes before it.
-    best_test: also report the best epoch by the test images, as some papers do; such rows are marked.
+    best_test: also report the best epoch by the test images, as some papers do, and keep its checkpoint; marked.
     spec: the same as a JSON value, for the fingerprint: network, objective, optimiser, augmentations and whatever else
         decides the weights. Needed where a run is written to a workdir.
     """
@@ -257,9 +257,9 @@ def run_stage(
     if not run.stage.spec:
         raise UserError(f"stage {run.stage.name!r}: give a spec, by which its weights are known again in a workdir")
     folder = run.folder(workdir)
-    with locked(folder / ".lock", lambda: _wait(stop, folder)):
-        if done(run, workdir) is not None:  # another process has trained it meanwhile
-            return restore(run, source, workdir)
+    with locked(folder / ".lock", lambda owner: stop.look(f"{folder}, which {owner} trains")):
+        if (trained := restore(run, source, workdir)) is not None:  # another process has trained it meanwhile
+            return trained
         if lines := check_folder(run, workdir):
             raise UserError(
                 f"{folder} holds a stage that was made otherwise: {'; '.join(lines[:6])}; take another workdir"
@@ -301,7 +301,7 @@ def train_run(
     if validation is not None:
         watch.checks["validation"] = _validation(stage, validation)
     if test is not None:
-        watch.checks["test"] = test
+        watch.checks["test"], watch.best = test, "test"
     if folder is not None:
         write_json(folder / "transfer.json", lines)
     data = data_of(viewed)
@@ -345,20 +345,18 @@ def _trunk(
     return known
 
 
-def _wait(stop: loop.Stop, folder: Path) -> None:
-    """While another process trains the stage."""
-    if stop.signal is not None:
-        raise Stopped(f"stopped while another process trained {folder}", stop.signal)
-
-
-def restore(run: Run, source: Source, workdir: Path) -> Trained:
-    """The weights of a finished run; RunError where they are damaged, after which the run counts as unfinished."""
+def restore(run: Run, source: Source, workdir: Path) -> Trained | None:
+    """The weights of a finished run; None where it is unfinished, or counts as such since they are damaged."""
+    if (record := done(run, workdir)) is None:
+        return None
     like = jax.eval_shape(run.stage.objective.init, run.key(), {"image": sample_of(run.stage.view(source.take([0])))})
     try:
-        model = restore_model(run.folder(workdir) / "checkpoints", {"params": like[0], "extra": like[1]})
+        like = {"params": like[0], "extra": like[1]}
+        model = restore_model(run.folder(workdir) / "checkpoints", like, record["steps"])
     except RunError as error:
+        log.warning("%s; what it held of that stage is trained again", error)
         (run.folder(workdir) / "done.json").unlink(missing_ok=True)
-        raise RunError(f"{error}; the same command trains the rest of that stage again") from error
+        return None
     return Trained(model["params"], model["extra"])
 
 

@@ -5,13 +5,14 @@ import hashlib
 import json
 import logging
 import os
+import platform
 import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
-from jaxsd.errors import UserError
+from jaxsd.errors import RunError, UserError
 
 try:
     import fcntl
@@ -26,19 +27,25 @@ def write_json(path: Path, value: Any) -> None:
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    with open(temporary, "w") as file:
-        json.dump(value, file, indent=1)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    try:
+        with open(temporary, "w") as file:
+            json.dump(value, file, indent=1)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:  # such as a full disk
+        temporary.unlink(missing_ok=True)
+        raise
 
 
 def read_json(path: Path) -> Any | None:
-    """The value in a JSON file; None where there is no file."""
+    """The value in a JSON file; None where there is no file; RunError where it holds no JSON."""
     try:
         return json.loads(Path(path).read_text())
     except FileNotFoundError:
         return None
+    except ValueError as error:
+        raise RunError(f"{path} is damaged ({error}): remove it, what it said is found out again") from error
 
 
 def fingerprint(value: Any) -> str:
@@ -58,18 +65,48 @@ def differences(old: Any, new: Any, at: str = "") -> list[str]:
 
 
 @contextlib.contextmanager
-def locked(path: Path, on_wait: Callable[[], None]) -> Iterator[None]:
-    """Holds the lock on a file, which ends with the process; on_wait is called while another process has it."""
+def locked(path: Path, on_wait: Callable[[str], None]) -> Iterator[None]:
+    """Holds the lock on a file; on_wait is called, with who has it, while another process does.
+
+    The lock ends with its process, however that ends. The name that a killed process leaves in the file locks nothing.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "w") as file:
-        while fcntl is not None:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                on_wait()
-                time.sleep(0.2)
-        yield
+    with open(path, "a+") as file:
+        _take(path, file, on_wait)
+        if left := _owner(file):
+            log.info("%s: %s, which was working on it, is gone: its lock is taken over", path.parent, left)
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {platform.node()}")
+        file.flush()
+        try:
+            yield
+        finally:
+            with contextlib.suppress(OSError):
+                file.truncate(0)
+
+
+def _take(path: Path, file: IO[str], on_wait: Callable[[str], None]) -> None:
+    """Waits until an open file is locked."""
+    told = False
+    while fcntl is not None:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return
+        except BlockingIOError:
+            owner = _owner(file) or "another process"
+            if not told:
+                log.info("%s: %s works on it: waiting", path.parent, owner)
+                told = True
+            on_wait(owner)
+            time.sleep(0.2)
+        except OSError as error:
+            log.warning("%s cannot be locked (%s): start only one process for it", path.parent, error.strerror)
+            return
+
+
+def _owner(file: IO[str]) -> str:
+    file.seek(0)
+    return file.read()
 
 
 class Journal:
@@ -117,6 +154,7 @@ def start_log(path: Path | None) -> None:
         log.removeHandler(handler)
     log.setLevel(logging.DEBUG)
     log.propagate = False
+    logging.raiseExceptions = False  # a log that cannot be written, on a full disk, is not worth a traceback
     screen = logging.StreamHandler(sys.stderr)
     screen.setLevel(logging.INFO)
     screen.setFormatter(logging.Formatter("%(message)s"))

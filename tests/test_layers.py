@@ -48,7 +48,7 @@ FOLDERS = {
         "__main__",
     ),
     "objectives": ("objective", "supervised", "regression", "rotation"),
-    "train": ("schedule", "optimiser", "state", "step", "checkpoint", "loop", "trunk"),
+    "train": ("schedule", "optimiser", "state", "step", "manifest", "checkpoint", "loop", "trunk"),
     "weights": ("files", "names", "fit", "__main__"),
     "bench": ("peer", "turns", "step", "recipe", "patches", "__main__"),
     "evaluate": ("metrics", "regression", "features", "answers", "probes", "statistics", "cam"),

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import logging
 import shutil
 
 import jax
@@ -189,6 +190,22 @@ def test_features_on_disk_are_taken_up_where_they_were_left(first, tmp_path, mon
     again = second(first, stage, tmp_path / "stopped")
     assert len(computed) == 1  # the last 4 of 12 rows
     same(again.params, straight.params)
+
+
+def test_damaged_features_on_disk_are_computed_again(first, tmp_path, monkeypatch, caplog):
+    """A byte changed in what an earlier start has left, or the file cut: noticed before anything is trained on it."""
+    logging.getLogger("jaxsd").propagate = True
+    monkeypatch.setattr(trunk, "FLUSH_SECONDS", 0)
+    state, _ = start(SECOND, jax.random.key(0), SECOND.view(source_of()), standard(), first)
+    given = (SECOND.objective, {**state.params, **state.frozen}, state.extra, data_of(source_of()))
+    wanted = trunk.compute(*given, place="device").features
+    options, file = {"place": "disk", "folder": tmp_path / "trunk"}, tmp_path / "trunk/0.npy"
+    for content in (None, lambda old: old[:-3] + bytes([old[-3] ^ 1]) + old[-2:], lambda old: old[:-50]):
+        caplog.clear()
+        if content is not None:
+            file.write_bytes(content(file.read_bytes()))
+        same(np.asarray(trunk.compute(*given, **options).feed(np.arange(12))), np.asarray(wanted))
+        assert ("are damaged: they are computed again" in caplog.text) == (content is not None)
 
 
 def test_features_of_another_run_are_thrown_away(first, tmp_path):

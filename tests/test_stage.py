@@ -3,6 +3,9 @@
 import dataclasses
 import json
 import logging
+import os
+import platform
+import shutil
 import threading
 
 import jax
@@ -212,15 +215,25 @@ def test_any_file_of_a_killed_stage_may_be_missing(tmp_path, lost):
     assert (folder / "stage.json").exists() and (folder / "transfer.json").exists()
 
 
-def test_damaged_weights_are_trained_again(tmp_path):
+def test_damaged_weights_of_a_finished_stage_are_trained_again(tmp_path, caplog):
+    """From the checkpoint before, which is never taken for the result; with none left one line, and all stays."""
     run = run_of()
-    found = trained(run, tmp_path)
-    (run.folder(tmp_path) / "checkpoints/6/model/_METADATA").write_text("{")
-    with pytest.raises(RunError, match="checkpoint of step 6 .* is damaged .*; the same command trains the rest"):
-        restore(run, SOURCE, tmp_path)
-    assert done(run, tmp_path) is None
-    same(trained(run, tmp_path), found)
+    found = trained(run, tmp_path, save_seconds=0)
+    folder = run.folder(tmp_path)
+    (folder / "checkpoints/6/model/_METADATA").write_text("{")
+    logging.getLogger("jaxsd").propagate = True
+    with caplog.at_level(logging.INFO, "jaxsd"):
+        assert restore(run, SOURCE, tmp_path) is None and done(run, tmp_path) is None
+        same(trained(run, tmp_path), found)
+    assert "checkpoint of step 6" in caplog.text and "continues at step 5 of 6" in caplog.text
     same(restore(run, SOURCE, tmp_path), found)
+    shutil.rmtree(folder / "checkpoints/6")  # done.json says that step 6 is the result
+    assert restore(run, SOURCE, tmp_path) is None and "no checkpoint of step 6" in caplog.text
+    (folder / "checkpoints/5/manifest.json").unlink()
+    kept = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file() and path.name != ".lock"}
+    with pytest.raises(RunError, match=rf"no whole checkpoint is left in .*step 5 .*remove {folder} to train"):
+        trained(run, tmp_path)
+    assert kept == {path: path.read_bytes() for path in folder.rglob("*") if path.is_file() and path.name != ".lock"}
 
 
 # by what it is known again
@@ -272,7 +285,7 @@ def test_a_stage_that_another_process_trains_is_waited_for(tmp_path):
     held, finished = threading.Event(), threading.Event()
 
     def other():
-        with locked(run.folder(tmp_path) / ".lock", lambda: None):
+        with locked(run.folder(tmp_path) / ".lock", lambda owner: None):
             held.set()
             assert finished.wait(60)
 
@@ -283,7 +296,7 @@ def test_a_stage_that_another_process_trains_is_waited_for(tmp_path):
     holder.start()
     assert held.wait(60)
     stop = loop.Stop(signal=15)
-    with pytest.raises(Stopped, match="another process"):
+    with pytest.raises(Stopped, match=f"stopped at .*, which process {os.getpid()} on {platform.node()} trains"):
         trained(run, tmp_path, stop=stop)
     waiter.start()
     waiter.join(0.5)

@@ -80,6 +80,7 @@ class Watch:
     stop: Stop = dataclasses.field(default_factory=Stop)
     on_epoch: Callable[[dict[str, Any]], None] = lambda entry: None
     checks: dict[str, Callable[[State], dict[str, float]]] = dataclasses.field(default_factory=dict)  # after each epoch
+    best: str | None = None  # the check that says which epoch is the best one, whose checkpoint is kept as well
     spent: float = 0.0  # seconds of work before the first step
 
 
@@ -221,6 +222,7 @@ class _Loop:
         self.seconds = seconds  # of training before the time `since`; what is between epochs does not count
         self.since: float | None = None
         self.saved = time.monotonic()
+        self.score: float | None = None  # of the epoch that has just ended, by the check that chooses the best
         self.window: deque[tuple[int, jax.Array, jax.Array | None]] = deque()
         # A signal that any process has got, and from which step on all know of it.
         self.agreed = (int(processes.greatest(watch.stop.signal or 0)), 0) if processes.several() else (0, 0)
@@ -231,6 +233,7 @@ class _Loop:
         rates = self.plan.rates[epoch * self.steps : (epoch + 1) * self.steps]
         order = spread([np.asarray(part) for part in (index, mask, rates)], mesh)
         done = first = int(sums["steps"])
+        self.score = None
         for done in range(first + 1, self.steps + 1):
             fed = self.feed(index[done - 1]) if self.feed is not None else None
             state, sums, loss = advance(state, sums, data, fed, *order)
@@ -259,7 +262,10 @@ class _Loop:
         entry["seconds"] = round(self.seconds, 3)
         entries = [entry]
         for split, check in self.watch.checks.items():
-            entries.append({"step": step, "epoch": epoch + 1, "split": split, **check(processes.local(state))})
+            found = check(processes.local(state))
+            entries.append({"step": step, "epoch": epoch + 1, "split": split, **found})
+            if split == self.watch.best:
+                self.score = found["accuracy"] if "accuracy" in found else -found["mae"]
         for entry in entries:
             if self.watch.journal is not None:
                 self.watch.journal.write(entry)
@@ -291,11 +297,17 @@ class _Loop:
         self.stop_if_asked(step, state, sums)
         if self.watch.checkpoints is None or step == self.plan.epochs * self.steps:
             return
-        if time.monotonic() - self.saved >= self.watch.save_seconds:
+        if time.monotonic() - self.saved >= self.watch.save_seconds or self._is_best():
             # The next step gives these buffers away while Orbax still writes them: save copies.
             kept = (state, sums) if processes.several() else jax.tree.map(jnp.copy, (state, sums))
             self.save(step, *kept, wait=False)
             self.saved = time.monotonic()
+
+    def _is_best(self) -> bool:
+        if self.score is None or self.watch.checkpoints is None:
+            return False
+        best = self.watch.checkpoints.best()
+        return best is None or self.score > best[1]
 
     def save(self, step: int, state: State, sums: Tree, *, wait: bool = True) -> None:
         """Writes a checkpoint, after a look at the losses until now and at the weights."""
@@ -304,7 +316,7 @@ class _Loop:
         if not all(np.isfinite(np.asarray(x)).all() for x in floats):
             self._fail(step, "a weight became infinite or NaN")
         if self.watch.checkpoints is not None:
-            self.watch.checkpoints.save(step, state, sums, seconds=self._elapsed())
+            self.watch.checkpoints.save(step, state, sums, seconds=self._elapsed(), score=self.score)
             if wait:
                 self.watch.checkpoints.wait()
 

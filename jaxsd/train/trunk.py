@@ -10,6 +10,7 @@ import math
 import os
 import shutil
 import time
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -142,11 +143,9 @@ def _filled(folder: Path, shapes: Tree, stamp: str, batch: int, rows_from: Calla
     note = folder / "rows.json"
     leaves, structure = jax.tree.flatten(shapes, is_leaf=_is_shape)
     wanted = {"stamp": stamp, "batch": batch, "shapes": json.loads(json.dumps([[s, str(d)] for s, d in leaves]))}
-    found = read_json(note) or {}
-    first = found.get("rows", 0) if {name: found.get(name) for name in wanted} == wanted else 0
     paths = [folder / f"{number}.npy" for number in range(len(leaves))]
-    if not first or not all(path.is_file() for path in paths):
-        first = 0
+    first, sums = _left(note, paths, wanted)
+    if not first:
         clear(folder)
         folder.mkdir(parents=True)
         need = sum(math.prod(shape) * np.dtype(dtype).itemsize for shape, dtype in leaves)
@@ -158,13 +157,43 @@ def _filled(folder: Path, shapes: Tree, stamp: str, batch: int, rows_from: Calla
         np.lib.format.open_memmap(path, "r+" if first else "w+", **({} if first else {"dtype": dtype, "shape": shape}))
         for path, (shape, dtype) in zip(paths, leaves, strict=True)
     ]
+    if not first:
+        _reserve(paths)
     written = time.monotonic()
     for rows, new in rows_from(first):
         for array, values in zip(kept, jax.tree.leaves(new), strict=True):
             array[rows] = values
+        sums = [_checksum(values, start) for values, start in zip(jax.tree.leaves(new), sums, strict=True)]
         if rows.stop == leaves[0][0][0] or time.monotonic() - written > FLUSH_SECONDS:
             for array in kept:
                 array.flush()
-            write_json(note, {**wanted, "rows": rows.stop})
+            write_json(note, {**wanted, "rows": rows.stop, "sums": sums})
             written = time.monotonic()
     return jax.tree.unflatten(structure, [np.load(path, mmap_mode="r") for path in paths])
+
+
+def _left(note: Path, paths: list[Path], wanted: dict[str, Any]) -> tuple[int, list[int]]:
+    """How many rows an earlier start has left and a checksum of each file's; none where they differ now."""
+    found, nothing = read_json(note) or {}, (0, [0] * len(paths))
+    if {name: found.get(name) for name in wanted} != wanted:
+        return nothing
+    rows, sums = found["rows"], found["sums"]
+    try:
+        if [_checksum(np.load(path, mmap_mode="r")[:rows]) for path in paths] == sums:
+            return rows, sums
+    except (OSError, ValueError):  # missing, or cut
+        pass
+    log.warning("the features in %s are damaged: they are computed again", note.parent)
+    return nothing
+
+
+def _checksum(values: np.ndarray, start: int = 0) -> int:
+    """CRC-32 of the bytes of rows that follow others with the checksum `start`."""
+    return zlib.crc32(np.ascontiguousarray(values).reshape(-1).view(np.uint8).data, start)
+
+
+def _reserve(paths: list[Path]) -> None:
+    """Takes the room of files on the disk: a process is killed where there is none when it writes to their memory."""
+    for path in paths if hasattr(os, "posix_fallocate") else ():
+        with open(path, "r+b") as file:
+            os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
