@@ -104,7 +104,8 @@ def run(config: Config, workdir: Path, *, only: tuple[str, ...] = (), reuse: boo
         experiment.train(cell)
         found[cell] = measure(experiment, cell)
         experiment.look()
-    with locked(workdir / ".summary.lock", lambda _: experiment.look()):  # who comes last sees what all others have measured
+    # Who comes last sees what all others have measured.
+    with locked(workdir / ".summary.lock", lambda _: experiment.look()):
         for cell in experiment.cells(seeds=experiment.seeds()):
             if cell not in found and (rows := measured(experiment, cell)):
                 found[cell] = rows
