@@ -58,7 +58,6 @@ class Prepared(NamedTuple):
 
 def prepare(config: Config, workdir: Path, stop: Stop) -> Prepared:
     """Reads the data and builds the experiment; UserError where these do not go together."""
-    tuning.tune_allocator()
     tuning.cache_compilation()
     splits = build.load(config)
     log.info("%s", describe(splits))

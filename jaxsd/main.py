@@ -23,7 +23,7 @@ OVERRIDES = """  --config.KEY=VALUE overrides a value: --config.stages.finetune.
               --config.stages.finetune.optimiser.name=adamw also drops the arguments that only sgd has
   The keys and values of a config: python -m jaxsd.main --config=configs/scalenet.py:tiny --print"""
 
-NAMES = ("config", "workdir", "only", "reuse", "print", "distributed", "coordinator", "processes", "process")
+NAMES = ("config", "workdir", "only", "reuse", "print", "tune", "distributed", "coordinator", "processes", "process")
 
 
 def defined(argv: list[str]) -> flags.FlagValues:
@@ -40,6 +40,8 @@ def defined(argv: list[str]) -> flags.FlagValues:
     flags.DEFINE_bool("reuse", False, again, flag_values=values)
     shown = "print the keys and values of the config, as flags that can be given, and stop"
     flags.DEFINE_bool("print", False, shown, flag_values=values)
+    kept = "keep freed memory for this process, which is faster on CPUs; --notune leaves the allocator as it is"
+    flags.DEFINE_bool("tune", True, kept, flag_values=values)
     job = "train with the other processes of this SLURM, Open MPI or TPU VM job"
     flags.DEFINE_bool("distributed", False, job, flag_values=values)
     flags.DEFINE_string("coordinator", None, "train with other processes: HOST:PORT of process 0", flag_values=values)
@@ -244,9 +246,11 @@ def plain(config: Any) -> Any:
 
 def run(config: dict[str, Any], given: flags.FlagValues) -> int:
     """Loads, trains what is missing, measures, writes summary.json and prints the table; returns the exit status."""
-    from jaxsd import build, command
+    from jaxsd import build, command, tuning
 
     build.recipe(config)  # wrong configs are found before any data are read
+    if given.tune:
+        tuning.tune_allocator()
     name = config["name"] + (f"-{config['preset']}" if config["preset"] else "")
     workdir, only = Path(given.workdir or Path("runs") / name), tuple(given.only)
     stop = command.stop_on_signals((signal.SIGINT, signal.SIGTERM))

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from conftest import CACHE
 
-from jaxsd import build, main, report
+from jaxsd import build, command, main, report, tuning
 from jaxsd.errors import UserError
 
 ROOT = Path(__file__).parents[1]
@@ -71,6 +71,16 @@ def test_options_that_a_config_does_not_name(config, flags, options):
     ):
         with pytest.raises(UserError, match=message):
             recipe_of(*argv, f"--config.{flag}")
+
+
+def test_the_allocator_is_left_alone_where_that_is_asked(monkeypatch):
+    called = []
+    monkeypatch.setattr(tuning, "tune_allocator", lambda: called.append("tuned"))
+    monkeypatch.setattr(command, "run", lambda *arguments, **options: called.append("run") or 0)
+    monkeypatch.setattr(command, "stop_on_signals", lambda signals: None)
+    monkeypatch.chdir(ROOT)
+    assert main.main(["main", TINY, "--notune"]) == main.main(["main", TINY]) == 0
+    assert called == ["run", "tuned", "run"]
 
 
 def test_a_whole_run_and_what_follows(tmp_path):
