@@ -24,7 +24,7 @@ def aggregate(rows: Iterable[Row], *, baseline: str | None) -> list[Row]:
 
     rows: one dict per seed, {"arm", "input", "labels", "seed", "evaluation", "block", "metric", "value", "n", "images",
         "pixels", "seconds"}, and where it applies "split", "chosen_on_test": True, "undefined" (why the value is None)
-        and "per_class": [{"class", "n", "accuracy"}].
+        "collapsed" (why the features are called so) and "per_class": [{"class", "n", "accuracy"}].
     Returns one dict for each: those six, "seeds", "values" in order of seeds, "mean", "ci95" (Student-t, null for one
     seed), "difference" {"to", "mean", "ci95"} paired over the seeds that this arm and the baseline share (null for the
     baseline itself and where it has none), "images", "pixels", "seconds" (means over seeds), "chosen_on_test", and
@@ -64,11 +64,27 @@ def _summary(key: tuple, seeds: dict[int, Row], baseline: str | None, others: di
             seeds[seed].get("undefined", "not finite") for seed in order if _finite(seeds[seed]["value"]) is None
         }
         summary["undefined"] = f"{' and '.join(sorted(reasons))} in seed {lost}"
+    if flat := {seed: seeds[seed]["collapsed"] for seed in order if "collapsed" in seeds[seed]}:
+        summary["collapsed"] = "; ".join(f"{reason} in seed {seed}" for seed, reason in flat.items())
     if all(row.get("per_kind") for row in seeds.values()):
         summary["per_kind"] = _mean_per_kind(part for seed in order for part in seeds[seed]["per_kind"])
     if all(row.get("per_class") for row in seeds.values()):
         summary["per_class"] = _mean_per_class(part for seed in order for part in seeds[seed]["per_class"])
     return summary
+
+
+def collapses(rows: Iterable[Row]) -> list[str]:
+    """A line for each arm and block of summary rows whose features collapsed."""
+    lines = {}
+    for row in rows:
+        if "collapsed" in row:
+            place = ", ".join(
+                str(row[name]) for name in ("arm", "input", "split", "block") if row.get(name) is not None
+            )
+            lines[place] = (
+                f"‡ {place}: the features collapsed, they tell hardly any image from another: {row['collapsed']}"
+            )
+    return list(lines.values())
 
 
 def interval(values: Sequence[float | None]) -> tuple[float | None, list[float] | None]:

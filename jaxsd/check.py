@@ -3,6 +3,12 @@
 Prints what the files are, counts per split and class, copies, scores and scenes, and draws images, copies, what stages
 are shown and learning rates; trains nothing. Exit status 0, or 2 where a run would stop with an error.
 
+`python -m jaxsd.check replay --workdir=DIR/stages/.../seedK`: why did that stage stop at a loss of infinity or NaN?
+
+Takes the step that it kept once more and prints which state, activation and gradient is the first that is not finite,
+and the images of the batch. --config=... is needed where the config.json of the workdir is gone. Exit status 0, or 1
+where all is finite this time.
+
 `python -m jaxsd.check resume --config=... [--kills=N] [--devices=D]`: does a run that is killed end as one that is not?
 
 Runs the config straight, then again with SIGKILL at N random moments spread over its progress, every third amid the
@@ -37,6 +43,9 @@ def main(argv: Sequence[str]) -> int:
     data = commands.add_parser("data", help="what is in the data of a config")
     data.add_argument("--config", required=True, help="config file; further --config.KEY=VALUE override its values")
     data.add_argument("--out", help="folder for the pictures; default runs/check-NAME")
+    replay = commands.add_parser("replay", help="the step that stopped a stage, taken again")
+    replay.add_argument("--workdir", required=True, help="the stage's folder: DIR/stages/.../seedK")
+    replay.add_argument("--config", help="default: config.json of the workdir")
     resume = commands.add_parser("resume", help="a run killed N times against a straight one")
     resume.add_argument("--config", required=True)
     resume.add_argument("--kills", type=int, default=5)
@@ -46,6 +55,8 @@ def main(argv: Sequence[str]) -> int:
     try:
         if options.command == "data":
             return _data(options.config, options.out, rest)
+        if options.command == "replay":
+            return _replay(Path(options.workdir), options.config, rest)
         return check_resume(options.config, options.kills, options.random, rest, devices=options.devices)
     except (UserError, RunError) as error:
         print(f"error: {error}", file=sys.stderr)
@@ -62,6 +73,27 @@ def _data(config: str, out: str | None, flags: Sequence[str]) -> int:
 
     name = parsed["name"] + (f"-{parsed['preset']}" if parsed["preset"] else "")
     return check_data(parsed, Path(out or Path("runs", f"check-{name}")))
+
+
+def _replay(folder: Path, config: str | None, flags: Sequence[str]) -> int:
+    """Takes the step in a stage's folder again, with a config or that of the workdir around it."""
+    root = next((parent.parent for parent in folder.absolute().parents if parent.name == "stages"), None)
+    if root is None or not (folder / "nonfinite" / "step.json").is_file():
+        raise UserError(
+            f"{folder} holds no step to replay: give the folder of a stage (DIR/stages/.../seedK) that stopped at "
+            "infinity or NaN"
+        )
+    from jaxsd.main import parse, plain
+
+    if config is not None:
+        parsed = parse(["jaxsd.check", f"--config={config}", *flags])
+    elif (root / "config.json").is_file():
+        parsed = plain(json.loads((root / "config.json").read_text()))
+    else:
+        raise UserError(f"there is no config.json in {root}: give --config=...")
+    from jaxsd.check_replay import replay  # loads jax, so after what can be wrong before
+
+    return replay(parsed, root, folder)
 
 
 def check_resume(config: str, kills: int, seed: int, flags: Sequence[str], *, devices: int = 0) -> int:

@@ -13,7 +13,7 @@ import jax
 import numpy as np
 
 from jaxsd import __version__, build, pictures, processes, report, tuning
-from jaxsd.aggregate import aggregate
+from jaxsd.aggregate import aggregate, collapses
 from jaxsd.data.copies import equal, near, thumbnails
 from jaxsd.data.source import Source, Splits, describe
 from jaxsd.data.split import TEST_SHARE, part, shared_groups, split, unmeasurable
@@ -123,6 +123,7 @@ def conclude(config: Config, prepared: Prepared, found: Found, *, drawn: bool) -
     summary = heading(config, recipe.baseline, next(iter(parted.values())), experiment.pretext, prepared.copies)
     summary["rows"] = aggregate(rows, baseline=recipe.baseline)
     summary["notes"] += prepared.shared + fold_notes(recipe) + guesses(parted) + report.gaps(summary["rows"])
+    summary["notes"] += collapses(summary["rows"])
     known = report.load(workdir) if drawn and (workdir / "summary.json").exists() else {"rows": None}
     names = known.get("pictures", [])
     if known["rows"] != report.plain(summary["rows"]) or not names or not all((workdir / n).exists() for n in names):

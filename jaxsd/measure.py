@@ -10,6 +10,7 @@ import numpy as np
 from jaxsd.data.source import Source
 from jaxsd.evaluate.answers import averaged
 from jaxsd.evaluate.cam import grad_cam
+from jaxsd.evaluate.collapse import collapsed
 from jaxsd.evaluate.features import block_features, predict
 from jaxsd.evaluate.metrics import classification, per_class
 from jaxsd.evaluate.probes import knn, ridge, ridge_regression
@@ -18,7 +19,7 @@ from jaxsd.evaluate.statistics import image_statistics
 from jaxsd.recipe import Cell, Experiment
 from jaxsd.stage import WEIGHTS_FORMAT, Run, Stage, data_of, done
 from jaxsd.train.loop import evaluate
-from jaxsd.workdir import Journal, fingerprint, read_json, write_json
+from jaxsd.workdir import Journal, fingerprint, log, read_json, write_json
 
 Rows = list[dict[str, Any]]
 SHOWN = 4  # images in the attention figure
@@ -203,19 +204,23 @@ def _on_features(name: str, classify: Callable[..., np.ndarray]) -> Callable[[Ex
             else fingerprint(["untrained", WEIGHTS_FORMAT, stage.spec, cell.seed, standard, *init])
         )
 
-        def features() -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+        def features() -> tuple[dict[str, np.ndarray], dict[str, np.ndarray], dict[str, str]]:
             trained = experiment.trained(cell, runs) if runs else experiment.untrained(cell, stage)
             here, there = (
                 block_features(stage.model, trained.params, trained.extra["model"], viewed.images, grid=viewed.grid)
                 for viewed in (stage.view(source) for source in (train, test))
             )
-            return here, there
+            flat = {block: reason for block, values in there.items() if (reason := collapsed(values))}
+            for block, reason in flat.items():
+                log.warning("%s seed %d: the features of %s collapsed: %s", cell.arm, cell.seed, block, reason)
+            return here, there, flat
 
         def compute() -> Rows:
-            here, there = experiment.remembered(("features", start, train_print), features)
+            here, there, flat = experiment.remembered(("features", start, train_print), features)
             scores = {k: classify(here[k], train_labels, there[k], classes=classes) for k in here}
             return [
                 _row("accuracy", classification(score, labels, classes)["accuracy"], len(test), block)
+                | ({"collapsed": flat[block]} if block in flat else {})
                 for block, score in scores.items()
             ]
 

@@ -206,7 +206,8 @@ def _values(head: str, rows: list[Row | None], marks: bool) -> Column:
             continue
         half = "" if row["ci95"] is None else " ± " + _number((row["ci95"][1] - row["ci95"][0]) / 2, row["metric"])
         sign = " " + ("▲" if gain(row) > 0 else "▼") if marks and separated(row) else ""
-        texts.append((_number(row["mean"], row["metric"]), half, ("†" if row["chosen_on_test"] else "") + sign))
+        note = "†" * row["chosen_on_test"] + "‡" * ("collapsed" in row)
+        texts.append((_number(row["mean"], row["metric"]), half, note + sign))
     wide = [max(len(text[i]) for text in texts) for i in range(3)]
     return Column(head, [f"{a:>{wide[0]}}{b:<{wide[1]}}{c:<{wide[2]}}" if b or c else a for a, b, c in texts])
 

@@ -20,7 +20,7 @@ from jaxsd.data.source import Source
 from jaxsd.errors import RunError, UserError
 from jaxsd.models.forward import STANDARDISE
 from jaxsd.objectives.objective import Objective
-from jaxsd.train import loop, trunk
+from jaxsd.train import loop, nonfinite, trunk
 from jaxsd.train.checkpoint import Checkpoints, restore_model
 from jaxsd.train.schedule import Schedule
 from jaxsd.train.state import State, carry, create, flat, merge
@@ -267,8 +267,7 @@ def run_stage(
         write_json(folder / "stage.json", run.identity())
         checkpoints, journal = Checkpoints(folder / "checkpoints"), Journal(folder / "metrics.jsonl")
         watch = loop.Watch(checkpoints=checkpoints, journal=journal, save_seconds=save_seconds, stop=stop)
-        events = Path(workdir, "events", *run.path, f"seed{run.seed}")
-        watch.on_epoch = tensorboard(events)
+        watch.on_epoch = tensorboard(Path(workdir, "events", *run.path, f"seed{run.seed}"))
         try:
             return train_run(run, source, parent, watch, (validation, test), folder)
         finally:
@@ -309,7 +308,8 @@ def train_run(
     if known is not None and known.features is not None:
         data["trunk"] = known.features
     options = {"grid": viewed.grid, "feed": known.feed if known is not None else None, "watch": watch}
-    state = loop.run(state, data, plan, stage.objective, stage.optimiser, stage.augment, **options)
+    again = {"begin": lambda: start(stage, run.key(), viewed, run.standard, parent)[0], "folder": folder}
+    state = nonfinite.run(state, data, plan, stage.objective, stage.optimiser, stage.augment, **options, **again)
     if watch.journal is not None and (last := watch.journal.last()) is not None:
         log.info("%s: trained in %.0f s, loss %.4g", watch.where, last["seconds"], last["loss"])
     if folder is not None and watch.journal is not None:

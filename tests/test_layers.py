@@ -48,10 +48,10 @@ FOLDERS = {
         "__main__",
     ),
     "objectives": ("objective", "supervised", "regression", "rotation"),
-    "train": ("schedule", "optimiser", "state", "step", "manifest", "checkpoint", "loop", "trunk"),
+    "train": ("schedule", "optimiser", "state", "step", "manifest", "checkpoint", "loop", "trunk", "nonfinite"),
     "weights": ("files", "names", "fit", "__main__"),
     "bench": ("peer", "turns", "step", "recipe", "patches", "__main__"),
-    "evaluate": ("metrics", "regression", "features", "answers", "probes", "statistics", "cam"),
+    "evaluate": ("metrics", "regression", "features", "collapse", "answers", "probes", "statistics", "cam"),
 }
 # What a folder or file may import from the others, besides `errors`; only from rows above its own.
 MAY_IMPORT = {
@@ -112,6 +112,7 @@ MAY_IMPORT = {
     "check_copies": ("figures_data", "data"),
     "check_pictures": ("figures_data", "data", "train", "stage", "recipe"),
     "check_data": ("figures", "figures_data", "data", "recipe", "build", "check_copies", "check_pictures"),
+    "check_replay": ("data.source", "train", "stage", "recipe", "build"),
     "main": ("*",),
     "bench": ("*",),
     "check": ("*",),

@@ -18,7 +18,7 @@ from tqdm import tqdm
 from jaxsd import processes
 from jaxsd.data.batches import cut, epoch_batches, fitting, ordered_batches
 from jaxsd.data.source import Grid
-from jaxsd.errors import RunError, Stopped
+from jaxsd.errors import Diverged, Stopped
 from jaxsd.objectives.objective import Objective
 from jaxsd.train.checkpoint import Checkpoints
 from jaxsd.train.optimiser import set_rate
@@ -171,8 +171,8 @@ def run(
     device once. The batch is split over the local devices, over as many as divide it.
     grid: train on the patches of the images. data["trunk"]: what the objective's trunk makes of every image or patch;
     feed(rows) gives it batch by batch where it does not fit on the device.
-    Raises RunError at a non-finite loss or weight and Stopped after a signal, both with everything saved that is
-    worth it.
+    Raises Diverged (a RunError) at a non-finite loss or weight and Stopped after a signal, both with everything saved
+    that is worth it.
     """
     watch = watch or Watch()
     index, _ = plan.batches(0)
@@ -182,7 +182,7 @@ def run(
     step, advance = compiled(objective, optimiser, augment, mesh, grid)
     state, placed = spread(state, own), spread(data, mesh)
     fed = feed(index[0]) if feed is not None else None
-    sums = spread(_no_sums(step, functools.partial(gather, mesh=None, grid=grid), state, placed, fed, batch_size), own)
+    sums = spread(no_sums(step, functools.partial(gather, mesh=None, grid=grid), state, placed, fed, batch_size), own)
     done, seconds = 0, watch.spent
     if watch.checkpoints is not None and (saved := watch.checkpoints.resume(state, sums)) is not None:
         done, state, sums, seconds = saved
@@ -287,10 +287,12 @@ class _Loop:
 
     def _fail(self, step: int, what: str) -> None:
         kept = self.watch.checkpoints.latest() if self.watch.checkpoints is not None else None
-        raise RunError(
+        raise Diverged(
             f"{what} at {self.watch.where}, step {step} (epoch {(step - 1) // self.steps + 1}), "
             f"rate {self.plan.rates[step - 1]:g}: lower the rate, warm it up or clip the gradients"
-            + (f"; the checkpoint of step {kept} stays" if kept is not None else "")
+            + (f"; the checkpoint of step {kept} stays" if kept is not None else ""),
+            step,
+            what,
         )
 
     def _save_if_due(self, step: int, state: State, sums: Tree) -> None:
@@ -341,7 +343,7 @@ class _Loop:
         return signal if signal and (step >= since or step % self.steps == 0) else None
 
 
-def _no_sums(
+def no_sums(
     step: Callable[..., Any], gathered: Callable[..., Any], state: State, data: Tree, fed: Tree, batch_size: int
 ) -> Tree:
     """Zeroed sums, one per metric of the step; tracing it here is reused when the loop's step is compiled."""
