@@ -91,7 +91,7 @@ def _first(what: str, largest: dict[str, float], order: str = "") -> str:
 def pictured(kept: Kept, viewed: Source) -> list[str]:
     """The name and label, or score, of each image of the batch; patches by their place in the image."""
     rows = np.asarray(kept.batch["index"])[np.asarray(kept.batch["mask"]) > 0]
-    lines = [f"batch of {len(rows)}:"]
+    lines = [f"batch of {len(rows)}" + (":" if viewed.names else ", by their places among the stage's images:")]
     for row in rows:
         image, patch = divmod(int(row), viewed.patches)
         name = viewed.names[image] if viewed.names else f"image {image}"
