@@ -143,7 +143,7 @@ def keep(folder: Path, kept: Kept) -> None:
     checkpoints.save(kept.step - 1, kept.state, {"rate": jnp.float32(kept.rate), "batch": kept.batch})
     checkpoints.wait()
     checkpoints.close()
-    leaves = traverse_util.flatten_dict(kept.batch, sep="/")
+    leaves: dict[str, Any] = traverse_util.flatten_dict(kept.batch, sep="/")
     shapes = {name: [list(leaf.shape), str(leaf.dtype)] for name, leaf in leaves.items()}
     write_json(folder / "step.json", {"step": kept.step, "what": kept.what, "batch": shapes})
 
@@ -185,9 +185,9 @@ def take(
                 jax.debug.callback(lambda value: activations.update({name: float(value)}), jnp.stack(largest).max())
         return result
 
-    def update(gradients: Tree, opt_state: Tree, params: Tree) -> tuple[Tree, Tree]:
-        updates, _ = optimiser.update(gradients, opt_state, params)
-        return updates, gradients  # in the place of the optimiser's state, where they can be looked at
+    def update(updates: Tree, state: Tree, params: Tree = None) -> tuple[Tree, Tree]:
+        changes, _ = optimiser.update(updates, state, params)
+        return changes, updates  # the gradients, in the place of the optimiser's state, where they can be looked at
 
     step = make_train_step(objective, optax.GradientTransformation(optimiser.init, update), augment)
     with nn.intercept_methods(note):
