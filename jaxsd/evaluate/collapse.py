@@ -7,8 +7,8 @@ import numpy as np
 IMAGES = 512  # looked at, evenly spread over all: enough to tell a rank of 2
 FEWEST = 8  # images and dimensions, below which a low rank says nothing
 # Directions: a deviation of 1 / sqrt(D) per dimension is that of directions spread evenly (Chen & He, CVPR 2021,
-# section 4.1). At a hundredth of it the mean cosine between two images is about 0.9999. Untrained networks, to which all
-# images look much alike, have 0.085 and more (seven families on photographs, every block).
+# section 4.1). At a hundredth of it the mean cosine between two images is about 0.9999. Untrained networks, to which
+# all images look much alike, have 0.085 and more (seven families on photographs, every block).
 DEVIATION = 0.01
 # Dimensions: below 2 nearly all that tells images apart is one number. The singular values are not squared, so the tail
 # of a healthy network alone gives more: untrained ones 17 and more, one trained for long to tell two turns apart 47.
