@@ -71,7 +71,9 @@ class Pair:
 
     def signal_second(self, number):
         """Once they have trained two epochs the second gets a signal."""
+        start = time.monotonic()
         while len(entries(self.workdir)) < 2:
+            assert time.monotonic() - start < 5 * WITHIN
             assert all(child.poll() is None for child in self.children), self.ended()
             time.sleep(0.01)
         self.children[1].send_signal(number)

@@ -28,7 +28,6 @@ from jaxsd.train.state import State, flat, merge, partition
 from jaxsd.workdir import log
 
 Tree = Any
-PARTS = ("model", "training", "record")
 
 
 def _worth_saying(record: logging.LogRecord) -> bool:
@@ -105,7 +104,7 @@ class Checkpoints:
                 raise FileNotFoundError(None, "the folder has vanished")
             if size > shutil.disk_usage(self.directory).free:  # where tensorstore fails, its threads go on complaining
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-            with _checkpointer(ocp.CompositeCheckpointHandler(*PARTS)) as checkpointer:
+            with _composite() as checkpointer:
                 checkpointer.save(part, args=args, force=True)
             seal(part)
             os.rename(part, self.directory / str(step))
@@ -211,7 +210,7 @@ def read_model(directory: Path, step: int | None = None) -> Tree:
     Raises RunError where there is none or it is damaged.
     """
     folder = _whole(directory, step)
-    with _checkpointer(ocp.StandardCheckpointHandler()) as checkpointer:
+    with ocp.Checkpointer(ocp.StandardCheckpointHandler()) as checkpointer:
         kinds = checkpointer.metadata(folder / "model").item_metadata.tree
     # Placed here: the devices on which it was saved need not be there.
     like = jax.tree.map(lambda leaf: _abstract(jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)), kinds)
@@ -237,16 +236,26 @@ def _read(folder: Path, like: dict[str, Tree]) -> dict[str, Tree]:
             where = f"the checkpoint of step {folder.name} in {folder.parent}"
             raise RunError(f"{where} is of another network or recipe: {what}")
     args = ocp.args.Composite(**{name: ocp.args.StandardRestore(tree) for name, tree in like.items()})
-    with _checkpointer(ocp.CompositeCheckpointHandler(*PARTS)) as checkpointer:
+    with _composite() as checkpointer:
         return dict(checkpointer.restore(folder, args=args))
 
 
-def _checkpointer(handler: ocp.CheckpointHandler) -> ocp.Checkpointer:
-    """Orbax's; where there are several processes, that of the first, which waits for no other."""
-    if not processes.several():
-        return ocp.Checkpointer(handler)
-    only = ocp.options.MultiprocessingOptions(primary_host=0, active_processes={0}, barrier_sync_key_prefix="first")
+def _composite() -> ocp.Checkpointer:
+    """Orbax's reader and writer of all parts; where there are several processes the first's, which waits for no other."""
+    only = _alone()
+    handler = ocp.CompositeCheckpointHandler(
+        composite_options=ocp.CompositeOptions(multiprocessing_options=only),
+        model=ocp.StandardCheckpointHandler(multiprocessing_options=only),
+        training=ocp.StandardCheckpointHandler(multiprocessing_options=only),
+        record=ocp.JsonCheckpointHandler(multiprocessing_options=only),
+    )
     return ocp.Checkpointer(handler, multiprocessing_options=only)
+
+
+def _alone() -> ocp.options.MultiprocessingOptions:
+    if not processes.several():
+        return ocp.options.MultiprocessingOptions()
+    return ocp.options.MultiprocessingOptions(primary_host=0, active_processes={0}, barrier_sync_key_prefix="first")
 
 
 def _record(folder: Path) -> dict[str, Any]:
