@@ -241,7 +241,7 @@ def _read(folder: Path, like: dict[str, Tree]) -> dict[str, Tree]:
 
 
 def _composite() -> ocp.Checkpointer:
-    """Orbax's reader and writer of all parts; where there are several processes the first's, which waits for no other."""
+    """Orbax on all parts of a checkpoint; of several processes the first has it, which waits for no other."""
     only = _alone()
     handler = ocp.CompositeCheckpointHandler(
         composite_options=ocp.CompositeOptions(multiprocessing_options=only),
