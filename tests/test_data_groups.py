@@ -11,7 +11,7 @@ from jaxsd.data import describe, folder
 from jaxsd.data.embedded import PHOTOS, photograph
 from jaxsd.data.split import shared_groups, split
 from jaxsd.errors import UserError
-from jaxsd.report import table
+from jaxsd.report import load, table
 from jaxsd.train.loop import Stop
 
 PATTERN = r"(?P<group>[^_]+)_\d+"
@@ -108,7 +108,8 @@ def test_folds_from_the_command_line_to_the_table(bursts, tmp_path, capsys):
     with pytest.raises(UserError, match="hold none out"):
         command.run(config, tmp_path, stop=Stop())
     config["data"]["test"] = 0.0
-    summary = command.run(config, tmp_path, stop=Stop())
+    command.run(config, tmp_path, stop=Stop())
+    summary = load(tmp_path)
     text = capsys.readouterr().out
     (row,) = [row for row in summary["rows"] if row["metric"] == "accuracy"]
     assert row["seeds"] == [0, 1, 2] and row["split"] == "crossvalidation"

@@ -85,7 +85,7 @@ def test_other_weights_are_another_stage(tiny, tmp_path):
     assert experiment_of(config, tmp_path / "run").check(cells) == 1  # the bytes count, not the name
     model = Named(outputs=7)
     weights.save(moved, model, jax.tree.map(lambda x: x + 1, params), network(model, resolution=8, channels=1)[1])
-    for change in ({}, {"standardise": "half"}, {"weights": None}):
+    for change in ({}, {"standardise": "half"}, {"weights": None, "standardise": "auto"}):
         config["init"] = {**config["init"], **change}
         with pytest.raises(UserError, match=r"original/few/finetune/seed0: init"):
             experiment_of(config, tmp_path / "run").check(cells)
