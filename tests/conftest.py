@@ -16,6 +16,7 @@ import jax
 import pytest
 
 from jaxsd import tuning
+from jaxsd.models.conv import plain_convolutions
 
 jax.config.update("jax_num_cpu_devices", 8)
 CACHE = Path(tempfile.gettempdir(), f"jaxsd-tests-{getpass.getuser()}")
@@ -31,3 +32,10 @@ def devices(monkeypatch):
 
     use(1)
     return use
+
+
+@pytest.fixture
+def plain():
+    """XLA's own convolutions, which compile in a tenth of the time; tests/test_conv.py holds ours against them."""
+    with plain_convolutions():
+        yield

@@ -15,6 +15,8 @@ from jaxsd.models.conv import Conv
 from jaxsd.models.efficientnet import STAGES, EfficientNet, MBConv, SqueezeExcite, Stage, padding, scaled
 from jaxsd.models.forward import forward
 
+pytestmark = pytest.mark.usefixtures("plain")
+
 
 def tiny(**options):
     """One unit in each stage, 8 to 80 channels."""

@@ -10,8 +10,9 @@ import pytest
 from flax.traverse_util import flatten_dict
 from golden.cases import CASES, entries
 
-from jaxsd.models.conv import plain_convolutions
 from jaxsd.models.forward import forward
+
+pytestmark = pytest.mark.usefixtures("plain")
 
 FOLDER = Path(__file__).parent / "golden"
 # By default one network of a family in inference mode, and the training steps of the quick ones.
@@ -19,13 +20,6 @@ NAMES = [pytest.param(name, marks=pytest.mark.slow if case.slow else ()) for nam
 TRAINED = [
     pytest.param(name, marks=pytest.mark.slow if case.slow else ()) for name, case in CASES.items() if case.train
 ]
-
-
-@pytest.fixture(autouse=True)
-def plain():
-    """XLA's own convolutions compile in a tenth of the time; tests/test_conv.py holds ours against them."""
-    with plain_convolutions():
-        yield
 
 
 def golden(name):

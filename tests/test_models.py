@@ -16,6 +16,8 @@ from jaxsd.models.blocks import growing
 from jaxsd.models.catalogue import RESOLUTIONS, costs, shapes, size
 from jaxsd.models.pool import adaptive_max_pool, max_pool
 
+pytestmark = pytest.mark.usefixtures("plain")
+
 # (name, options): {outputs: trainable parameters}, running values of the batch norms (T2T-ViT: constants)
 COUNTS = [
     ("resnet8", {}, {10: 78_042, 0: 77_392}, 2 * (3 * 16 + 3 * 32 + 3 * 64)),

@@ -14,6 +14,8 @@ from jaxsd.models.catalogue import RESOLUTIONS, shapes
 from jaxsd.models.forward import forward, initialise
 from jaxsd.models.norm import BatchNorm
 
+pytestmark = pytest.mark.usefixtures("plain")
+
 SMALLEST = ("resnet8", "skresnext50_32x4d", "d_resnext50_32x4d", "nin", "alexnet_rotnet", "patchnet", "resnest14d")
 SMALLEST += ("vgg16_bn", "efficientnet_b0")  # of every family with batch norms
 

@@ -11,6 +11,8 @@ from jaxsd.errors import UserError
 from jaxsd.models.catalogue import shapes, size
 from jaxsd.models.forward import forward, initialise
 
+pytestmark = pytest.mark.usefixtures("plain")
+
 LIVE = {"patch": 32, "outputs": 1}
 MIT = {"patch": 64, "widths": (256, 256), "outputs": 67}
 # all parameters, trained and frozen ones with every block but the last frozen: computed by PyTorch

@@ -15,6 +15,8 @@ from jaxsd.models.forward import forward
 from jaxsd.models.norm import LayerNorm
 from jaxsd.models.pvt import PVT, SIZES, Attention
 
+pytestmark = pytest.mark.usefixtures("plain")
+
 
 def tiny(**options):
     return PVT(outputs=4, depths=(1, 1, 2, 1), widths=(4, 8, 10, 16), ratios=(2, 2, 2, 2), **options)

@@ -13,6 +13,8 @@ from jaxsd.models.catalogue import shapes
 from jaxsd.models.forward import forward
 from jaxsd.models.resnest import ResNeSt, SplitAttention, Unit, halved
 
+pytestmark = pytest.mark.usefixtures("plain")
+
 
 def small(**options):
     return ResNeSt(**{"outputs": 4, "depths": (1, 2), "widths": (8, 16), "stem_width": 4, **options})

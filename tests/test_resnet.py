@@ -16,6 +16,8 @@ from jaxsd.models.forward import forward, trunk
 from jaxsd.models.pool import blur_pool
 from jaxsd.models.residual import Branch, SelectiveKernel, Unit
 
+pytestmark = pytest.mark.usefixtures("plain")
+
 DSK = {"selective": True, "branches": 2, "blur": True}
 COUNTS = [
     ("skresnext50_32x4d", {"dilated": False}, 29_994_728),

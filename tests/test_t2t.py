@@ -24,6 +24,8 @@ from jaxsd.models.t2t import (
 from jaxsd.models.vit import resized
 from jaxsd.weights import published_name
 
+pytestmark = pytest.mark.usefixtures("plain")
+
 KEY = jax.random.key(5)
 
 

@@ -15,6 +15,8 @@ from jaxsd.models.forward import forward, trunk
 from jaxsd.models.vgg import VGG
 from jaxsd.weights import to_timm
 
+pytestmark = pytest.mark.usefixtures("plain")
+
 
 def small(**options):
     form = {"outputs": 4, "depths": (1, 2), "widths": (6, 8), "hidden": (10, 12), "pool": 3}

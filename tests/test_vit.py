@@ -15,6 +15,8 @@ from jaxsd.models.catalogue import shapes, size
 from jaxsd.models.forward import forward, trunk
 from jaxsd.models.vit import VisionTransformer, attend, resize_positions, resized
 
+pytestmark = pytest.mark.usefixtures("plain")
+
 KEY = jax.random.key(3)
 # Of tables sin(0.7 i), 3 columns, bicubic by PyTorch 2.13 in float64: the second column of the first, second and last
 # cell, and the sum of all entries times cos(i).
