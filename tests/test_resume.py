@@ -95,8 +95,15 @@ def main(folder, apart):
 
 def killed_along(folder, apart):
     """Runs this file as a program; returns how often it was killed."""
+    from conftest import CACHE  # not where this runs as the program
+
     command = [sys.executable, __file__, str(folder), str(apart)]
-    path = {**os.environ, "PYTHONPATH": str(ROOT)}
+    cache = {  # what is compiled once is there when it starts again
+        "JAX_COMPILATION_CACHE_DIR": str(CACHE / "resume"),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+    }
+    path = {**os.environ, "PYTHONPATH": str(ROOT), **cache}
     done = subprocess.run(command, env=path, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
     return int(done.stdout)
