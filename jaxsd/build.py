@@ -59,6 +59,7 @@ OBJECTIVES = {
 }
 OPTIMISERS = {"sgd": optimiser.sgd, "adam": optimiser.adam, "adamw": optimiser.adamw, "lars": optimiser.lars}
 SCHEDULES = {"constant": schedule.constant, "steps": schedule.steps, "cosine": schedule.cosine}
+AROUND = {"optimiser": ("clip_norm", "accumulate"), "schedule": ("warmup",)}  # arguments whatever the name
 
 ANY_SIDE = 1 << 16  # pixels: where the images are not known yet, networks are made for some larger than any
 STAGE_KEYS = (
@@ -127,7 +128,7 @@ def takes(config: Config, path: tuple[str, ...]) -> tuple[str, ...]:
     if function is None:
         return tuple(spec)
     known = tuple(inspect.signature(function).parameters)
-    return (*known, "warmup", *(["shares"] if "milestones" in known else []))
+    return (*known, *AROUND.get(path[-1], ()), *(["shares"] if "milestones" in known else []))
 
 
 def _recipe(config: Config, shape: tuple[int, int, int] | None, classes: int, scored: bool | None) -> Recipe:
@@ -369,8 +370,7 @@ def _top(model: Any) -> list[str]:
 
 
 def _optimiser(spec: Config, where: str) -> Any:
-    wrapping = {"clip_norm": None, "accumulate": 1}
-    make = call(OPTIMISERS, {k: v for k, v in spec.items() if k not in wrapping}, f"{where}: optimiser")
+    make = call(OPTIMISERS, {k: v for k, v in spec.items() if k not in AROUND["optimiser"]}, f"{where}: optimiser")
     if spec.get("clip_norm") is not None:
         make = optimiser.clip_norm(make, spec["clip_norm"])
     return optimiser.with_rate(optimiser.accumulate(make, spec.get("accumulate", 1)))

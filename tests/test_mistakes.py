@@ -173,6 +173,22 @@ def test_another_name_drops_what_only_the_former_took():
     assert config["model"] == {"name": "pvt_v2_b0"}
 
 
+def test_another_name_leaves_what_is_around_it(tmp_path):
+    """Clipping and warming up belong to no optimiser and no schedule."""
+    own = tmp_path / "own.py"
+    own.write_text(
+        "def get_config(preset=None):\n    config = plain_config(preset)\n    stage = config.stages.finetune\n"
+        "    stage.optimiser.update(clip_norm=1.0, accumulate=2)\n    stage.schedule.warmup = dict(epochs=1)\n"
+        "    return config\n"
+    )
+    plain = (ROOT / "configs/scalenet.py").read_text().replace("def get_config(", "def plain_config(")
+    own.write_text(plain + own.read_text())
+    flags = [f"--config.stages.finetune.{key}" for key in ("optimiser.name=adamw", "schedule.name=cosine")]
+    stage = main.parse(["main", f"--config={own}", *flags])["stages"]["finetune"]
+    assert stage["optimiser"] == {"name": "adamw", "weight_decay": 5e-4, "clip_norm": 1.0, "accumulate": 2}
+    assert stage["schedule"]["warmup"] == {"epochs": 1} and "factor" not in stage["schedule"]
+
+
 @pytest.mark.parametrize(("name", "preset"), EACH)
 def test_what_is_printed_can_be_given(name, preset, called):
     flag = f"--config={ROOT}/configs/{name}.py" + (f":{preset}" if preset else "")
