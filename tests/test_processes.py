@@ -184,3 +184,23 @@ def test_a_batch_that_cannot_be_split(monkeypatch):
         UserError, match="batches of 8 cannot be split over 3 processes: set batch_size to a multiple of 3"
     ):
         processes.mesh(8)
+
+
+@pytest.mark.parametrize(
+    ("text", "lost"),
+    [
+        ("UNAVAILABLE: Socket closed", True),
+        ("INTERNAL: Gloo all-reduce failed: Connection closed by peer", True),
+        ("FAILED_PRECONDITION: Gloo all-reduce failed: Connection closed by peer", True),
+        ("RESOURCE_EXHAUSTED: Out of memory allocating 8 bytes", False),
+        ("INVALID_ARGUMENT: Executable expected 2 arguments", False),
+        ("UNIMPLEMENTED: no such operation here", False),
+        ("NOT_FOUND: no library for it", False),
+        ("FAILED_PRECONDITION: DNN library initialization failed", False),
+    ],
+)
+def test_errors_of_ones_own_are_not_taken_for_the_end_of_others(text, lost, monkeypatch):
+    error = jax.errors.JaxRuntimeError(text)
+    assert not processes.is_lost(error)
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    assert processes.is_lost(error) == lost and not processes.is_lost(RuntimeError(text))
