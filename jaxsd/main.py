@@ -10,6 +10,7 @@ import re
 import shlex
 import signal
 import sys
+import time
 import traceback
 from pathlib import Path
 from typing import Any
@@ -72,17 +73,23 @@ def together(config: dict[str, Any], given: flags.FlagValues) -> int:
     from jaxsd.errors import RunError
 
     processes.start(given.coordinator, given.processes, given.process)
+    alone = False
     try:
         status = run(config, given)
     except Exception as error:
         lost = processes.is_lost(error)
         status = _failed(RunError(f"{processes.LOST} ({error})") if lost else error)
         # The others are told, unless they are what is missing; a process that fails alone tells by ending.
-        if lost or not processes.leads():
-            sys.stderr.flush()
-            os._exit(status)
-    if processes.leads():
+        alone = lost or not processes.leads()
+    if processes.leads() and not alone:
         processes.say(f"end {status}")
+    if alone or status in (1, 2):
+        # JAX's own way to end waits for all, but of those that a failure leaves behind some wait for this one.
+        if not alone and processes.leads():
+            time.sleep(processes.HEARD)
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
     return status
 
 

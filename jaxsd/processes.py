@@ -26,6 +26,7 @@ SILENCE = 30  # seconds after which a process that is not heard of counts as los
 LOST = "another process has ended or cannot be reached; the same command, for all of them, goes on where they were"
 OWN = ("RESOURCE_EXHAUSTED", "INVALID_ARGUMENT", "UNIMPLEMENTED", "NOT_FOUND", "FAILED_PRECONDITION")  # not others' end
 POLL = 2000  # milliseconds of waiting for a word at once, in which signals are not seen
+HEARD = 3  # seconds in which who listens has heard a word
 
 _words = itertools.count()  # numbers what process 0 says; every process counts for itself
 

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -18,7 +19,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from small import same, state_of
 
 from jaxsd import command, main, processes, report
-from jaxsd.errors import UserError
+from jaxsd.errors import RunError, Stopped, UserError
 from jaxsd.train import loop
 
 ROOT = Path(__file__).parents[1]
@@ -204,3 +205,38 @@ def test_errors_of_ones_own_are_not_taken_for_the_end_of_others(text, lost, monk
     assert not processes.is_lost(error)
     monkeypatch.setattr(jax, "process_count", lambda: 2)
     assert processes.is_lost(error) == lost and not processes.is_lost(RuntimeError(text))
+
+
+class Ended(BaseException):
+    """In the place of os._exit, which nothing catches either."""
+
+
+@pytest.mark.parametrize("leads", [True, False])
+@pytest.mark.parametrize(
+    ("outcome", "status"), [(RunError("broken"), 1), (UserError("wrong"), 2), (Stopped("stopped", 15), 143), (0, 0)]
+)
+def test_a_process_that_fails_tells_the_others_and_waits_for_none(outcome, status, leads, monkeypatch):
+    """Process 0 says how it ended; after a failure it ends as soon as who listens has heard, past JAX's barrier."""
+    done = []
+
+    def run(config, given):
+        if isinstance(outcome, Exception):
+            raise outcome
+        return outcome
+
+    def end(number):
+        raise Ended(number)
+
+    monkeypatch.setattr(main, "run", run)
+    monkeypatch.setattr(processes, "start", lambda *args: None)
+    monkeypatch.setattr(processes, "leads", lambda: leads)
+    monkeypatch.setattr(processes, "say", done.append)
+    monkeypatch.setattr(main.time, "sleep", done.append)
+    monkeypatch.setattr(os, "_exit", end)
+    given = SimpleNamespace(coordinator=None, processes=2, process=0)
+    if status == 0 or (leads and status == 143):
+        assert main.together({}, given) == status and done == ([f"end {status}"] if leads else [])
+        return
+    with pytest.raises(Ended, match=str(status)):
+        main.together({}, given)
+    assert done == ([f"end {status}", processes.HEARD] if leads else []) and processes.HEARD * 1000 > processes.POLL
