@@ -49,12 +49,18 @@ def find(config: Config, root: Path, folder: Path) -> tuple[Run, Source]:
     recipe = build.recipe(config, splits.train.shape, len(splits.train.classes), scored=scored)
     with tempfile.TemporaryDirectory() as elsewhere:  # what an experiment notes on its way
         experiment = Experiment(recipe, splits, Path(elsewhere), pretext=pretext)
-        for cell in experiment.cells():
+        for cell in experiment.cells(seeds=_seeds(folder)):
             for probe in (False, True) if cell.arm in recipe.probes else (False,):
                 for run in experiment.runs(cell, probe=probe):
                     if run.folder(root).resolve() == folder.resolve():
                         return run, experiment.given(cell, run.stage.on)[0]
     raise UserError(f"{folder} is no stage of the config: give the one it was run with")
+
+
+def _seeds(folder: Path) -> list[int]:
+    """The seed in the name of a stage's folder: the config may be that of another job, with other seeds."""
+    number = folder.resolve().name.removeprefix("seed")
+    return [int(number)] if number.isdecimal() else []
 
 
 def findings(kept: Kept, taken: Taken) -> list[str]:

@@ -13,7 +13,7 @@ import pytest
 from small import KEY, OBJECTIVE, SGD, Small, batch_of, plan_of, same, source_of, state_of
 from test_interruptions import flip_horizontal_once, run_in
 
-from jaxsd import check, check_replay, objectives, train
+from jaxsd import check, check_replay, main, objectives, train
 from jaxsd.errors import RunError, Stopped, UserError
 from jaxsd.stage import data_of
 from jaxsd.train import loop, nonfinite
@@ -169,6 +169,16 @@ def test_a_run_that_stops_and_its_replay(tmp_path, capsys):
     assert len(shown) == 32 and len(rows) == 128 and sorted(path for path in tmp_path.rglob("*")) == before
     assert check.main(["replay", f"--workdir={folder}", "--config=configs/scalenet.py:tiny"]) == 2
     assert "not that of the stage: original/half/seed0: stage.schedule.rate: 1e+30 -> 0.1" in capsys.readouterr().err
+
+
+def test_the_run_of_a_folder_has_its_seed(tmp_path):
+    """The config of a workdir may name the seeds of another job only."""
+    config = main.parse(["main", f"--config={ROOT}/configs/scalenet.py:tiny", "--config.seeds=(0,)"])
+    run, source = check_replay.find(config, tmp_path, tmp_path / "stages/original/half/seed7")
+    assert (run.seed, run.path, len(source)) == (7, ("original", "half"), 128)
+    for name in ("half/seed", "half/done.json", "nothing/seed0"):
+        with pytest.raises(UserError, match="is no stage of the config"):
+            check_replay.find(config, tmp_path, tmp_path / "stages/original" / name)
 
 
 @pytest.mark.parametrize("place", ["", "stages/original/half/seed0"])
