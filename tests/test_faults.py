@@ -137,6 +137,21 @@ def test_a_file_that_cannot_be_written_leaves_the_old_one(tmp_path, monkeypatch)
         read_json(tmp_path / "value.json")
 
 
+def test_writers_of_several_machines_do_not_meet(tmp_path, monkeypatch):
+    """Process numbers of two machines may be equal: while one writes, another one's file comes and stays whole."""
+    path, flush, inner = tmp_path / "value.json", os.fsync, []
+
+    def amid(descriptor):
+        flush(descriptor)
+        if not inner:
+            inner.append(True)
+            write_json(path, {"theirs": 1})
+
+    monkeypatch.setattr(os, "fsync", amid)
+    write_json(path, {"ours": 2})
+    assert read_json(path) == {"ours": 2} and [file.name for file in tmp_path.iterdir()] == ["value.json"]
+
+
 def test_features_that_the_disk_has_no_room_for(tmp_path, monkeypatch):
     """Room that is gone between the look at the disk and the first write: an error, where memory would be killed."""
     monkeypatch.setattr(os, "posix_fallocate", lambda *args: (_ for _ in ()).throw(OSError(28, os.strerror(28))))
