@@ -25,12 +25,16 @@ log = logging.getLogger("jaxsd")
 
 def write_json(path: Path, value: Any) -> None:
     """Writes JSON so that a reader sees the old file or the new one, never a part."""
-    path = Path(path)
+    _put(Path(path), json.dumps(value, indent=1))
+
+
+def _put(path: Path, text: str) -> None:
+    """Puts a file in the place of an old one, with its text on disk by then."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")  # processes of several machines may write at once
     try:
         with open(temporary, "w") as file:
-            json.dump(value, file, indent=1)
+            file.write(text)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
@@ -130,9 +134,7 @@ class Journal:
             if entry["step"] > step:
                 break
             kept.append(line + "\n")
-        temporary = self.path.with_name(f".{self.path.name}.{os.getpid()}")
-        temporary.write_text("".join(kept))
-        os.replace(temporary, self.path)
+        _put(self.path, "".join(kept))
 
     def of(self, split: str) -> list[dict[str, Any]]:
         """All objects of a split."""
@@ -144,9 +146,11 @@ class Journal:
         return next(iter(self.of(split)[-1:]), None)
 
     def write(self, entry: dict[str, Any]) -> None:
-        """Appends one object."""
+        """Appends one object; returns when it is on disk, for a later checkpoint is never without it."""
         with open(self.path, "a") as file:
             file.write(json.dumps(entry) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
 
 
 def start_log(path: Path | None) -> None:

@@ -2,6 +2,8 @@
 
 import json
 import logging
+import os
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -119,6 +121,31 @@ def test_the_journal_bears_a_cut_line(tmp_path):
     journal.rewind(4)
     assert [line["step"] for line in timeless(journal.path)] == [2, 4]
     assert journal.last() == {"step": 4, "split": "train"} and journal.last("validation") is None
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="names of open files are asked of Linux")
+def test_what_is_promised_is_on_disk(tmp_path, monkeypatch):
+    """Every line of the journal, what a rewind leaves, the name of a checkpoint: each flushed, and with its content."""
+    flush, flushed = os.fsync, []
+
+    def noted(descriptor):
+        path = Path(os.readlink(f"/proc/self/fd/{descriptor}"))
+        flushed.append((path, sorted(path.glob("[0-9]*")) if path.is_dir() else path.read_bytes()))
+        flush(descriptor)
+
+    journal = Journal(tmp_path / "metrics.jsonl")
+    monkeypatch.setattr(os, "fsync", noted)
+    lines = []
+    for step in (2, 4):
+        journal.write({"step": step, "split": "train"})
+        lines.append(journal.path.read_bytes())
+    assert flushed == [(journal.path, text) for text in lines]
+    journal.rewind(2)
+    assert [text for _, text in flushed[2:]] == lines[:1] and journal.path.read_bytes() == lines[0]
+    checkpoints = Checkpoints(tmp_path / "checkpoints")
+    checkpoints.save(3, state_of(), {})
+    checkpoints.close()
+    assert (tmp_path / "checkpoints", [tmp_path / "checkpoints/3"]) in flushed
 
 
 # checkpoints

@@ -23,7 +23,7 @@ import orbax.checkpoint as ocp
 
 from jaxsd import processes
 from jaxsd.errors import RunError
-from jaxsd.train.manifest import damage, seal
+from jaxsd.train.manifest import damage, flush, seal
 from jaxsd.train.state import State, flat, merge, partition
 from jaxsd.workdir import log
 
@@ -108,6 +108,7 @@ class Checkpoints:
                 checkpointer.save(part, args=args, force=True)
             seal(part)
             os.rename(part, self.directory / str(step))
+            flush(self.directory)  # else the name may be lost with the power, and older ones are removed next
         except Exception as error:  # tensorstore raises ValueError for a full disk
             for leftover in self.directory.glob("*.part*"):
                 shutil.rmtree(leftover, ignore_errors=True)

@@ -12,10 +12,10 @@ MANIFEST = "manifest.json"
 def seal(folder: Path) -> None:
     """Writes the manifest of a folder that is complete; returns when all of its files are on disk."""
     for name in _files(folder):
-        _flush(folder / name)
+        flush(folder / name)
     (folder / MANIFEST).write_text(_text(folder))
     for path in (folder / MANIFEST, folder):
-        _flush(path)
+        flush(path)
 
 
 def damage(folder: Path) -> str | None:
@@ -62,7 +62,8 @@ def _files(folder: Path) -> list[str]:
     return sorted(name for name in names if name != MANIFEST and not Path(name).name.startswith("."))
 
 
-def _flush(path: Path) -> None:
+def flush(path: Path) -> None:
+    """Returns when a file, or the names in a folder, are on disk."""
     if path.is_dir() and os.name == "nt":  # Windows has no way to flush a folder
         return
     descriptor = os.open(path, os.O_RDWR if os.name == "nt" else os.O_RDONLY)
