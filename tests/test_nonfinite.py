@@ -14,7 +14,7 @@ from small import KEY, OBJECTIVE, SGD, Small, batch_of, plan_of, same, source_of
 from test_interruptions import flip_horizontal_once, run_in
 
 from jaxsd import check, check_replay, main, objectives, train
-from jaxsd.errors import RunError, Stopped, UserError
+from jaxsd.errors import Diverged, RunError, Stopped, UserError
 from jaxsd.stage import data_of
 from jaxsd.train import loop, nonfinite
 from jaxsd.train.checkpoint import Checkpoints
@@ -86,6 +86,23 @@ def test_a_step_without_a_folder_or_with_a_full_disk_fails_as_before(tmp_path, m
     with pytest.raises(RunError, match="the loss became nan at training, step 2") as error:
         nonfinite.run(state_of(), *what, begin=state_of, folder=tmp_path, watch=loop.Watch())
     assert "replay" not in str(error.value)
+
+
+def test_a_write_that_fails_does_not_hide_it(tmp_path, monkeypatch):
+    """The write of step 2 fails in the background, while the loss of step 3 becomes NaN."""
+    watch = loop.Watch(checkpoints=Checkpoints(tmp_path / "checkpoints"))
+    watch.checkpoints.save(1, state_of(), {})
+    watch.checkpoints.wait()
+
+    def broken(step, args, size):
+        raise RunError("no room")
+
+    monkeypatch.setattr(watch.checkpoints, "_write", broken)
+    watch.checkpoints.save(2, state_of(), {})
+    with pytest.raises(Diverged, match="the loss became nan at training, step 3 .*the checkpoint of step 1 stays"):
+        loop._Loop(watch, plan_of(10), 3, 0.0, None)._fail(3, "the loss became nan")
+    with pytest.raises(RunError, match="no room"):
+        watch.checkpoints.close()
 
 
 class Root(nn.Module):

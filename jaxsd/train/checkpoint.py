@@ -59,9 +59,10 @@ class Checkpoints:
         self._writing: Future[None] | None = None
         self._scores = {step: _record(self.directory / str(step)).get("score") for step in steps(self.directory)}
 
-    def latest(self) -> int | None:
-        """The newest step, or None; waits for a write under way."""
-        self.wait()
+    def latest(self, *, wait: bool = True) -> int | None:
+        """The newest step, or None; waits for a write under way, or does without what that writes."""
+        if wait:
+            self.wait()
         return max(steps(self.directory), default=None)
 
     def best(self) -> tuple[int, float] | None:

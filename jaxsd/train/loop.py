@@ -286,7 +286,8 @@ class _Loop:
                 self.agreed = (int(asked), at + AHEAD)
 
     def _fail(self, step: int, what: str) -> None:
-        kept = self.watch.checkpoints.latest() if self.watch.checkpoints is not None else None
+        # Without a wait for one that is being written: should that fail, it would be all that is heard of.
+        kept = self.watch.checkpoints.latest(wait=False) if self.watch.checkpoints is not None else None
         raise Diverged(
             f"{what} at {self.watch.where}, step {step} (epoch {(step - 1) // self.steps + 1}), "
             f"rate {self.plan.rates[step - 1]:g}: lower the rate, warm it up or clip the gradients"
