@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 
 import flax.linen as nn
@@ -103,6 +104,32 @@ def test_a_write_that_fails_does_not_hide_it(tmp_path, monkeypatch):
         loop._Loop(watch, plan_of(10), 3, 0.0, None)._fail(3, "the loss became nan")
     with pytest.raises(RunError, match="no room"):
         watch.checkpoints.close()
+
+
+def test_a_signal_ends_the_way_back(tmp_path, monkeypatch):
+    """It comes amid the steps that are taken again; what the run had on the device is gone by then."""
+    plan, watch, seen = plan_of(10), loop.Watch("here"), []
+    plan.rates[:] = np.inf
+    no_sums, spread = loop.no_sums, loop.spread
+
+    def noted(tree, mesh):
+        found = spread(tree, mesh)
+        if isinstance(tree, dict) and "image" in tree:
+            assert all(held() is None for held in seen)
+            seen.append(weakref.ref(found["image"]))
+        return found
+
+    def asked(*args):
+        if len(seen) == 2:
+            watch.stop.signal = 15
+        return no_sums(*args)
+
+    monkeypatch.setattr(loop, "spread", noted)
+    monkeypatch.setattr(loop, "no_sums", asked)
+    what = (data_of(source_of(10)), plan, OBJECTIVE, SGD)
+    with pytest.raises(Stopped, match="stopped at here, before a step"):
+        nonfinite.run(state_of(), *what, begin=state_of, folder=tmp_path, watch=watch)
+    assert len(seen) == 2 and not (tmp_path / "nonfinite").exists()
 
 
 class Root(nn.Module):

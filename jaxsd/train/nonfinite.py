@@ -6,6 +6,7 @@ every time, and nothing has to be kept while all is well.
 """
 
 import shutil
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,7 +20,7 @@ from flax import traverse_util
 
 from jaxsd import processes
 from jaxsd.data.source import Grid
-from jaxsd.errors import Diverged, RunError, UserError
+from jaxsd.errors import Diverged, RunError, Stopped, UserError
 from jaxsd.objectives.objective import Objective
 from jaxsd.train import loop
 from jaxsd.train.checkpoint import Checkpoints
@@ -75,12 +76,16 @@ def run(
     try:
         return loop.run(state, *what, watch=watch, **options)
     except Diverged as error:
+        traceback.clear_frames(error.__traceback__)  # they hold the data on the device, which come there again
         if folder is None or processes.several():  # of several processes none has the whole batch
             raise
         log.info("%s: computing the state before step %d once more, to keep it", watch.where, error.step)
         try:
-            state, batch = before(error.step, begin(), *what, checkpoints=watch.checkpoints, **options)
+            again = {"checkpoints": watch.checkpoints, "look": lambda: watch.stop.look(watch.where), **options}
+            state, batch = before(error.step, begin(), *what, **again)
             keep(folder / FOLDER, Kept(error.step, error.what, float(plan.rates[error.step - 1]), state, batch))
+        except Stopped:
+            raise
         except Exception as other:  # a full disk, say: it must not hide why the run stopped
             log.warning("%s: the step could not be kept (%s: %s)", watch.where, type(other).__name__, other)
             raise error from other
@@ -100,10 +105,12 @@ def before(
     grid: Grid | None = None,
     feed: Callable[[np.ndarray], Tree] | None = None,
     checkpoints: Checkpoints | None = None,
+    look: Callable[[], None] = lambda: None,
 ) -> tuple[State, dict[str, Tree]]:
     """The state before a step (counted from 1) of `loop.run` and the batch that it is given, by the same program.
 
     state: the first one, given away; training goes on from the newest checkpoint where there is one.
+    look: called before every step that is taken; what it raises passes through.
     """
     index, mask = plan.batches(0)
     steps, batch_size = index.shape
@@ -122,6 +129,7 @@ def before(
         if (saved := checkpoints.resume(state, sums)) is not None:
             done, state, sums, _ = saved
     for number in range(done, step):
+        look()
         epoch, i = divmod(number, steps)
         if i == 0 or number == done:
             index, mask = plan.batches(epoch)
