@@ -359,7 +359,7 @@ class Experiment:
         """
         runs = self.all_runs(cells)
         self._check_fits(cells)
-        lines = [line for run in runs for line in check_folder(run, self.workdir, reuse=reuse)]
+        lines = [line for run in runs for line in check_folder(run, self.workdir, reuse=reuse, stop=self.stop)]
         if lines:
             shown = "; ".join(lines[:6]) + (f"; and {len(lines) - 6} more" if len(lines) > 6 else "")
             raise UserError(

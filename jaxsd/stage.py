@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import shutil
 import time
 import zlib
 from collections.abc import Callable, Mapping, Sequence
@@ -26,7 +25,7 @@ from jaxsd.train.schedule import Schedule
 from jaxsd.train.state import State, carry, create, flat, merge
 from jaxsd.train.step import Augment
 from jaxsd.views.view import compose
-from jaxsd.workdir import Journal, differences, fingerprint, locked, log, read_json, tensorboard, write_json
+from jaxsd.workdir import Journal, differences, empty, fingerprint, locked, log, read_json, tensorboard, write_json
 
 Tree = Any
 Check = Callable[[State], dict[str, float]]
@@ -215,16 +214,21 @@ def plan_of(stage: Stage, key: jax.Array, images: int) -> loop.Plan:
     )
 
 
-def check_folder(run: Run, workdir: Path, *, reuse: bool = False) -> list[str]:
-    """What differs between the run and what lies in its folder; with `reuse` a folder of another run is removed."""
+def check_folder(run: Run, workdir: Path, *, reuse: bool = False, stop: loop.Stop | None = None) -> list[str]:
+    """What differs between the run and what lies in its folder; with `reuse` a folder of another run is emptied.
+
+    Who works in that folder is waited for; `stop` ends the wait.
+    """
     folder = run.folder(workdir)
     found = read_json(folder / "stage.json")
     if found is None or found == run.identity():
         return []
     if reuse:
-        log.info("%s seed %d: trained again, it was made differently", "/".join(run.path), run.seed)
-        shutil.rmtree(folder)
-        return []
+        with locked(folder / ".lock", lambda owner: (stop or loop.Stop()).look(f"{folder}, which {owner} trains")):
+            if read_json(folder / "stage.json") == found:  # else another process has begun it anew meanwhile
+                log.info("%s seed %d: trained again, it was made differently", "/".join(run.path), run.seed)
+                empty(folder, last="stage.json")
+        return check_folder(run, workdir)
     return [f"{'/'.join(run.path)}/seed{run.seed}: {line}" for line in differences(found, run.identity())]
 
 

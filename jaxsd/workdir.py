@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import platform
+import shutil
 import sys
 import time
 import uuid
@@ -112,6 +113,15 @@ def _take(path: Path, file: IO[str], on_wait: Callable[[str], None]) -> None:
 def _owner(file: IO[str]) -> str:
     file.seek(0)
     return file.read()
+
+
+def empty(folder: Path, *, last: str) -> None:
+    """Removes all but the lock; `last` the file by which others know what the rest is, should this be cut short."""
+    for path in sorted(folder.iterdir(), key=lambda path: path.name == last):
+        if path.is_dir():
+            shutil.rmtree(path)
+        elif path.name != ".lock":
+            path.unlink()
 
 
 class Journal:

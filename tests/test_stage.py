@@ -1,5 +1,6 @@
 """A stage: what it begins with, how long it trains, what is written, and by what it is known again."""
 
+import contextlib
 import dataclasses
 import json
 import logging
@@ -13,6 +14,7 @@ import numpy as np
 import pytest
 from small import Small, same, source_of
 
+import jaxsd.stage
 from jaxsd import models, objectives
 from jaxsd.data.source import standardisation
 from jaxsd.errors import RunError, Stopped, UserError
@@ -21,7 +23,7 @@ from jaxsd.models.vit import resize_positions
 from jaxsd.stage import Run, Stage, check_folder, check_names, done, plan_of, restore, run_stage, start
 from jaxsd.train import loop, optimiser, schedule
 from jaxsd.views.view import scale
-from jaxsd.workdir import locked
+from jaxsd.workdir import locked, write_json
 
 SOURCE = source_of(10)
 STANDARD = standardisation(SOURCE)
@@ -268,6 +270,37 @@ def test_another_stage_in_the_folder_is_an_error(tmp_path):
     assert check_folder(other, tmp_path) == ["first/seed0: stage.schedule.rate: 0.1 -> 0.3"]
     assert check_folder(other, tmp_path, reuse=True) == []
     same(trained(other, tmp_path), trained(other))
+
+
+def test_a_folder_is_not_emptied_under_the_hands_of_another(tmp_path):
+    """It is waited for; what it has begun anew by then stays, and is named where it is yet another run's."""
+    trained(run_of(), tmp_path)
+    other, third = run_of(stage_of(rate=0.3)), run_of(stage_of(rate=0.5))
+    folder = other.folder(tmp_path)
+    kept = sorted(folder.rglob("*"))
+    with locked(folder / ".lock", lambda owner: None):
+        with pytest.raises(Stopped, match="stopped at .*seed0, which process "):
+            check_folder(other, tmp_path, reuse=True, stop=loop.Stop(signal=15))
+        assert sorted(folder.rglob("*")) == kept
+
+    def begun(wanted):
+        """`locked` after a wait in which another process has trained a run there."""
+
+        @contextlib.contextmanager
+        def taken(path, on_wait):
+            write_json(folder / "stage.json", wanted.identity())
+            yield
+
+        return taken
+
+    for wanted, lines in ((other, []), (third, ["first/seed0: stage.schedule.rate: 0.5 -> 0.3"])):
+        write_json(folder / "stage.json", run_of().identity())
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(jaxsd.stage, "locked", begun(wanted))
+            assert check_folder(other, tmp_path, reuse=True) == lines
+        assert done(run_of(), tmp_path) is not None
+    assert check_folder(other, tmp_path, reuse=True) == []
+    assert [path.name for path in folder.iterdir()] == [".lock"]
 
 
 def test_a_stage_that_cannot_be_known_again_is_not_written(tmp_path):
