@@ -13,6 +13,13 @@ from jaxsd.stage import Stage, Trained, start
 from jaxsd.train.state import merge
 
 
+def check_names(stages: Sequence[Stage], where: str) -> None:
+    """Raises UserError where a path of stages has a name twice."""
+    names = [stage.name for stage in stages]
+    if len(set(names)) < len(names):
+        raise UserError(f"{where}: a stage stands twice in {', '.join(names)}")
+
+
 def check_fresh(paths: Iterable[Sequence[Stage]]) -> None:
     """Raises UserError where `fresh` or `under` of a stage names a part that there is not.
 

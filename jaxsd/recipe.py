@@ -18,8 +18,8 @@ from jaxsd.data.split import split, subset
 from jaxsd.errors import RunError, Stopped, UserError
 from jaxsd.evaluate.answers import averaged
 from jaxsd.evaluate.features import predict
-from jaxsd.fits import check_fits, check_fresh
-from jaxsd.stage import Run, Stage, Trained, check_folder, check_names, done, drawn, restore, run_stage, train_run
+from jaxsd.fits import check_fits, check_fresh, check_names
+from jaxsd.stage import Run, Stage, Trained, check_folder, done, drawn, restore, run_stage, train_run
 from jaxsd.train.loop import Stop, Watch
 from jaxsd.train.state import State, merge
 from jaxsd.views.view import View, compose

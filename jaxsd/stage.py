@@ -4,7 +4,7 @@ import dataclasses
 import json
 import time
 import zlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -393,10 +393,3 @@ def _say_beginning(where: str, stage: Stage, viewed: Source, plan: loop.Plan) ->
     if missed := stage.schedule.unreached(stage.epochs):
         text = ", ".join(f"{milestone:g}" for milestone in missed)
         log.warning("%s: the rate never drops at epoch %s: the stage has %d", where, text, stage.epochs)
-
-
-def check_names(stages: Sequence[Stage], where: str) -> None:
-    """Raises UserError where a path of stages has a name twice."""
-    names = [stage.name for stage in stages]
-    if len(set(names)) < len(names):
-        raise UserError(f"{where}: a stage stands twice in {', '.join(names)}")

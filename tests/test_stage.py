@@ -18,9 +18,10 @@ import jaxsd.stage
 from jaxsd import models, objectives
 from jaxsd.data.source import standardisation
 from jaxsd.errors import RunError, Stopped, UserError
+from jaxsd.fits import check_names
 from jaxsd.models.forward import STANDARDISE, forward
 from jaxsd.models.vit import resize_positions
-from jaxsd.stage import Run, Stage, check_folder, check_names, done, plan_of, restore, run_stage, start
+from jaxsd.stage import Run, Stage, check_folder, done, plan_of, restore, run_stage, start
 from jaxsd.train import loop, optimiser, schedule
 from jaxsd.views.view import scale
 from jaxsd.workdir import locked, write_json
