@@ -9,6 +9,10 @@ class RunError(Exception):
     """A run that cannot go on (a non-finite loss, no checkpoint to start from). Exit status 1."""
 
 
+class Damaged(RunError):
+    """A checkpoint is lost, or not as it was written."""
+
+
 class Diverged(RunError):
     """A loss or weight became infinite or NaN at a step, counted from 1."""
 

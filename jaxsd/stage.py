@@ -16,7 +16,7 @@ from clu.parameter_overview import get_parameter_overview
 
 from jaxsd import processes, weights
 from jaxsd.data.source import Source
-from jaxsd.errors import RunError, UserError
+from jaxsd.errors import Damaged, UserError
 from jaxsd.models.forward import STANDARDISE
 from jaxsd.objectives.objective import Objective
 from jaxsd.train import loop, nonfinite, trunk
@@ -350,14 +350,17 @@ def _trunk(
 
 
 def restore(run: Run, source: Source, workdir: Path) -> Trained | None:
-    """The weights of a finished run; None where it is unfinished, or counts as such since they are damaged."""
+    """The weights of a finished run; None where it is unfinished, or counts as such since they are damaged.
+
+    What does not fit, or cannot be read just now, is an error: nothing is thrown away for that.
+    """
     if (record := done(run, workdir)) is None:
         return None
     like = jax.eval_shape(run.stage.objective.init, run.key(), {"image": sample_of(run.stage.view(source.take([0])))})
     try:
         like = {"params": like[0], "extra": like[1]}
         model = restore_model(run.folder(workdir) / "checkpoints", like, record["steps"])
-    except RunError as error:
+    except Damaged as error:
         log.warning("%s; what it held of that stage is trained again", error)
         (run.folder(workdir) / "done.json").unlink(missing_ok=True)
         return None

@@ -2,6 +2,8 @@
 
 import contextlib
 import dataclasses
+import errno
+import hashlib
 import json
 import logging
 import os
@@ -237,6 +239,35 @@ def test_damaged_weights_of_a_finished_stage_are_trained_again(tmp_path, caplog)
     with pytest.raises(RunError, match=rf"no whole checkpoint is left in .*step 5 .*remove {folder} to train"):
         trained(run, tmp_path)
     assert kept == {path: path.read_bytes() for path in folder.rglob("*") if path.is_file() and path.name != ".lock"}
+
+
+@pytest.mark.parametrize("why", ["unreadable", "a misfit"])
+def test_whole_weights_are_never_given_up(tmp_path, monkeypatch, why):
+    """A disk that fails for a moment and a network changed in the code are errors; everything stays where it is."""
+    run = run_of()
+    trained(run, tmp_path)
+    folder = run.folder(tmp_path)
+    kept = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    if why == "unreadable":
+        digest = hashlib.file_digest
+
+        def failing(file, kind):
+            if file.name.endswith("_METADATA"):
+                raise OSError(errno.EIO, os.strerror(errno.EIO), file.name)
+            return digest(file, kind)
+
+        monkeypatch.setattr(hashlib, "file_digest", failing)
+        with pytest.raises(OSError, match="Input/output error.*_METADATA"):
+            restore(run, SOURCE, tmp_path)
+        (folder / "done.json").rename(tmp_path / "aside")
+        with pytest.raises(OSError, match="Input/output error.*_METADATA"):  # of an unfinished run just so
+            trained(run, tmp_path)
+        (tmp_path / "aside").rename(folder / "done.json")
+    else:
+        wide = stage_of(objective=objectives.rotation(Small(outputs=4, widths=(4, 8))))
+        with pytest.raises(RunError, match="of another network or recipe"):
+            restore(run_of(wide), SOURCE, tmp_path)
+    assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == kept
 
 
 # by what it is known again

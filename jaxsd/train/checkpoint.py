@@ -22,7 +22,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from jaxsd import processes
-from jaxsd.errors import RunError
+from jaxsd.errors import Damaged, RunError
 from jaxsd.train.manifest import damage, flush, seal
 from jaxsd.train.state import State, flat, merge, partition
 from jaxsd.workdir import log
@@ -194,14 +194,18 @@ class Checkpoints:
 
 def steps(directory: Path) -> list[int]:
     """The steps that have a checkpoint in a folder, rising; whether they are whole is not looked at."""
-    names = [path.name for path in Path(directory).glob("[0-9]*")]
+    try:
+        names = os.listdir(directory)
+    except FileNotFoundError:
+        return []
     return sorted(int(name) for name in names if name.isdecimal())
 
 
 def restore_model(directory: Path, model: Tree, step: int | None = None) -> Tree:
     """{"params", "extra"} of a step, by default the newest, in a checkpoint folder; `model` says shapes and types.
 
-    Raises RunError where there is none, it is damaged or it does not fit.
+    Raises Damaged where there is none or it is not as it was written, RunError where it does not fit, OSError where it
+    cannot be read just now.
     """
     return _read(_whole(directory, step), {"model": jax.tree.map(_abstract, model)})["model"]
 
@@ -209,7 +213,7 @@ def restore_model(directory: Path, model: Tree, step: int | None = None) -> Tree
 def read_model(directory: Path, step: int | None = None) -> Tree:
     """{"params", "extra"} of a step, by default the newest, as it was saved, in numpy arrays.
 
-    Raises RunError where there is none or it is damaged.
+    Raises Damaged where there is none or it is not as it was written.
     """
     folder = _whole(directory, step)
     with ocp.Checkpointer(ocp.StandardCheckpointHandler()) as checkpointer:
@@ -220,13 +224,13 @@ def read_model(directory: Path, step: int | None = None) -> Tree:
 
 
 def _whole(directory: Path, step: int | None) -> Path:
-    """The folder of a step, by default the newest, that is there and as it was written."""
+    """The folder of a step, by default the newest, that is there and as it was written; Damaged where it is not."""
     present = steps(directory)
     if not present or step not in {None, *present}:
-        raise RunError(f"there is no checkpoint{'' if step is None else f' of step {step}'} in {directory}")
+        raise Damaged(f"there is no checkpoint{'' if step is None else f' of step {step}'} in {directory}")
     folder = Path(directory, str(present[-1] if step is None else step)).absolute()
     if (what := damage(folder)) is not None:
-        raise RunError(f"the checkpoint of step {folder.name} in {directory} is damaged ({what})")
+        raise Damaged(f"the checkpoint of step {folder.name} in {directory} is damaged ({what})")
     return folder
 
 

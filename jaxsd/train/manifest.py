@@ -21,14 +21,12 @@ def seal(folder: Path) -> None:
 def damage(folder: Path) -> str | None:
     """The first thing in which a folder is not as it was sealed, in words; None where nothing is.
 
-    Hidden files, which other programs leave behind, do not count.
+    Hidden files, which other programs leave behind, do not count. Raises OSError where a file cannot be read just now.
     """
     try:
         wanted, found = (folder / MANIFEST).read_bytes(), _text(folder).encode()
     except FileNotFoundError:
         return f"{MANIFEST} is missing"
-    except OSError as error:
-        return f"{error.filename} cannot be read ({error.strerror})"
     return None if wanted == found else _difference(wanted, json.loads(found))
 
 
