@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 from small import Small, batch_of, same
 
-from jaxsd import models, objectives
+from jaxsd import models, objectives, processes
 from jaxsd.models.forward import forward, has_trunk, initialise, trunk
 from jaxsd.train.state import merge, partition
+from jaxsd.train.trunk import PLACES, compute
 
 KEY = jax.random.key(7)
 # Equal bits are a matter of how the code is made: as in real runs, not as in the other tests (see conftest).
@@ -112,6 +113,18 @@ def test_what_has_a_trunk():
     assert not has_trunk(Small(outputs=3, frozen=("block1",)))  # a family of its own, not known to run in parts
     probe = models.LinearProbe(PATCHES, outputs=3)
     assert probe.prefix == ("trunk",) and not has_trunk(probe.clone(frozen=()))
+
+
+def test_all_processes_keep_the_features_where_the_first_does(monkeypatch):
+    """Here there is room on the device; process 0 says that it has none."""
+    objective = objectives.supervised(PATCHES.clone(frozen=("block1",)))
+    images = np.random.default_rng(1).integers(0, 256, (3, 16, 16, 3), np.uint8)
+    what = (objective, *objective.init(KEY, {"image": images}), {"image": images})
+    own = compute(*what)
+    monkeypatch.setattr(processes, "share", lambda chosen: np.array(PLACES.index("host"), chosen.dtype))
+    found = compute(*what)
+    assert (own.place, found.place, found.features) == ("device", "host", None)
+    same(found.feed(np.arange(3)), own.features)
 
 
 def test_an_objective_takes_the_trunk():

@@ -19,6 +19,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
+from jaxsd import processes
 from jaxsd.data.batches import fitting, ordered_batches
 from jaxsd.data.source import Grid
 from jaxsd.errors import RunError, UserError
@@ -69,7 +70,8 @@ def compute(
     one = jax.eval_shape(function, params, extra, placed, *(part[0] for part in ordered_batches(count, batch)))
     shapes = jax.tree.map(lambda x: ((count, *x.shape[1:]), x.dtype), one)
     size = sum(count * math.prod(x.shape[1:]) * x.dtype.itemsize for x in jax.tree.leaves(one))
-    chosen = _chosen(place, size, folder)
+    # Of several processes, whose memories may differ, all compute for the same place, or they would wait for each other.
+    chosen = PLACES[int(processes.share(np.array(PLACES.index(_chosen(place, size, folder)))))]
     log.info("%s: the frozen trunk's features, %.0f MB, are computed once, kept on the %s", where, size / 1e6, chosen)
 
     def rows_from(first: int):
