@@ -39,9 +39,13 @@ def measure(experiment: Experiment, cell: Cell) -> Rows:
 
 
 def measured(experiment: Experiment, cell: Cell) -> Rows:
-    """The rows of a cell that has been trained and measured, by whatever process; none where something is missing."""
+    """The rows of a cell that has been trained and measured, by whatever process; none where something is missing.
+
+    A run that is under way, or was removed to be trained again, is missing too: of the old one only numbers are left.
+    """
     with contextlib.suppress(Unmeasured), experiment.reading():
-        return measure(experiment, cell)
+        if all(done(run, experiment.workdir) is not None for run in experiment.all_runs([cell])):
+            return measure(experiment, cell)
     return []
 
 

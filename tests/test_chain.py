@@ -11,7 +11,7 @@ from jaxsd import models, objectives, recipe
 from jaxsd.aggregate import aggregate
 from jaxsd.data.embedded import digits
 from jaxsd.errors import UserError
-from jaxsd.measure import measure
+from jaxsd.measure import measure, measured
 from jaxsd.recipe import Experiment, Recipe
 from jaxsd.stage import Stage
 from jaxsd.train import optimiser, schedule
@@ -118,6 +118,19 @@ def test_again_nothing_is_trained(workdir, calls):
             same(probed.params["trunk"], begin.params)
     assert calls == []
     same(jax.tree.map(np.asarray, rows_of(workdir)[1]), jax.tree.map(np.asarray, rows))
+
+
+@pytest.mark.parametrize("lost", ["half", "half/full", "half/full/few/task", "half/full/few/probe"])
+def test_a_cell_with_a_run_that_is_not_done_is_not_reported(workdir, lost):
+    """Its numbers are on disk, but nothing tells the seconds and images of what is not there."""
+    experiment = Experiment(recipe_of(), SPLITS, workdir)
+    cell = next(cell for cell in experiment.cells() if cell.arm == "scalenet")
+    rows, record = measured(experiment, cell), workdir / "stages/original" / lost / "seed0/done.json"
+    assert rows and rows == measure(experiment, cell)
+    record.rename(workdir / "aside.json")
+    assert measured(experiment, cell) == []
+    (workdir / "aside.json").rename(record)
+    assert measured(experiment, cell) == rows
 
 
 def test_another_config_is_named_and_reuse_trains_what_differs(workdir, calls):
