@@ -19,7 +19,7 @@ from jaxsd.errors import RunError, Stopped, UserError
 from jaxsd.evaluate.answers import averaged
 from jaxsd.evaluate.features import predict
 from jaxsd.fits import check_fits, check_fresh, check_names
-from jaxsd.stage import Run, Stage, Trained, check_folder, done, drawn, restore, run_stage, train_run
+from jaxsd.stage import Run, Stage, Trained, check_folder, done, drawn, plan_of, restore, run_stage, train_run
 from jaxsd.train.loop import Stop, Watch
 from jaxsd.train.state import State, merge
 from jaxsd.views.view import View, compose
@@ -351,14 +351,30 @@ class Experiment:
                         known[place] = check_fits(run.stage, self.given(cell, run.stage.on)[0], begun)
                     begun = known[place]
 
+    def _check_shared(self, cells: list[Cell]) -> None:
+        """Raises UserError where several processes cannot train together what is still to be trained."""
+        for cell in cells if processes.several() else ():
+            for run in self._runs_and_probe(cell):
+                if done(run, self.workdir) is not None:
+                    continue
+                stage, source = run.stage, self.given(cell, run.stage.on)[0]
+                if stage.trunk == "disk":
+                    raise UserError(f"stage {stage.name!r}: trunk='disk' is for a single process: choose 'host'")
+                images = len(source) * len(stage.view(source.take([0])))
+                try:
+                    processes.mesh(plan_of(stage, run.key(), images).batch_size)
+                except UserError as error:
+                    raise UserError(f"stage {stage.name!r}: {error}") from error
+
     def check(self, cells: list[Cell], *, reuse: bool = False) -> int:
         """How many stages are still to be trained.
 
-        Raises UserError where the workdir holds stages that were made otherwise, naming what differs, or where a
-        network does not take its images or what it begins with.
+        Raises UserError where the workdir holds stages that were made otherwise, naming what differs, where a network
+        does not take its images or what it begins with, or where several processes cannot train together.
         """
         runs = self.all_runs(cells)
         self._check_fits(cells)
+        self._check_shared(cells)
         lines = [line for run in runs for line in check_folder(run, self.workdir, reuse=reuse, stop=self.stop)]
         if lines:
             shown = "; ".join(lines[:6]) + (f"; and {len(lines) - 6} more" if len(lines) > 6 else "")

@@ -8,7 +8,7 @@ from filled import filled
 from small import OBJECTIVE, SGD, Small, same, source_of
 from test_configs import config_of
 
-from jaxsd import build, models, objectives, weights
+from jaxsd import build, models, objectives, processes, weights
 from jaxsd.data import Splits
 from jaxsd.errors import UserError
 from jaxsd.fits import check_fits
@@ -105,6 +105,37 @@ def test_positions_of_a_trunk_are_fitted_to_larger_images():
     table = models.vit.resize_positions(params["embed"]["positions"], (4, 4))
     np.testing.assert_array_equal(state.frozen["trunk"]["embed"]["positions"], table)
     same(jax.tree.map(np.asarray, state.frozen["trunk"]["block1"]), params["block1"])
+
+
+# several processes
+
+
+def test_what_processes_cannot_train_together_is_found_first(tmp_path, monkeypatch):
+    """Of the second stage: a batch that cannot be split, for so few images too, and features in one process's file."""
+    cells_of = {}
+    for name, options in {
+        "odd": {"batch_size": 5},
+        "few": {"batch_size": 64},
+        "disk": {"batch_size": 4, "trunk": "disk"},
+        "fine": {"batch_size": 4, "trunk": "host"},
+    }.items():
+        recipe = recipe_of(stage_of("first", batch_size=4), stage_of("second", **options))
+        experiment = Experiment(recipe, Splits("noise", source_of(7), None, None), tmp_path / name)
+        cells_of[name] = experiment, list(experiment.cells())
+        assert experiment.check(cells_of[name][1]) == 2
+    refuse = processes.mesh
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    monkeypatch.setattr(processes, "mesh", lambda size: refuse(size) if size % 2 else None)  # here are one's devices
+    for name, message in (
+        ("odd", "stage 'second': batches of 5 cannot be split over 2 processes"),
+        ("few", "stage 'second': batches of 7 cannot be split over 2 processes"),
+        ("disk", "stage 'second': trunk='disk' is for a single process: choose 'host'"),
+    ):
+        experiment, cells = cells_of[name]
+        with pytest.raises(UserError, match=message):
+            experiment.check(cells)
+    experiment, cells = cells_of["fine"]
+    assert experiment.check(cells) == 2
 
 
 # published weights
