@@ -119,7 +119,9 @@ def conclude(config: Config, prepared: Prepared, found: Found, *, drawn: bool) -
     rows = [row for cell in cells for row in found[cell]]
     config = {**config, "seeds": tuple(dict.fromkeys(cell.seed for cell in cells))}
     write_json(workdir / "config.json", config)
-    parted, recipe = prepared.parted, dataclasses.replace(experiment.recipe, seeds=config["seeds"])
+    recipe = dataclasses.replace(experiment.recipe, seeds=config["seeds"])
+    prepared = covering(prepared, recipe)
+    parted = prepared.parted
     summary = heading(config, recipe.baseline, next(iter(parted.values())), experiment.pretext, prepared.copies)
     summary["rows"] = aggregate(rows, baseline=recipe.baseline)
     summary["notes"] += prepared.shared + fold_notes(recipe) + guesses(parted) + report.gaps(summary["rows"])
@@ -132,6 +134,16 @@ def conclude(config: Config, prepared: Prepared, found: Found, *, drawn: bool) -
     report.write(workdir, summary)
     report.write_predictions(workdir, rows)
     print(report.table(summary))
+
+
+def covering(prepared: Prepared, recipe: Recipe) -> Prepared:
+    """The same with what is said of the splits said of those of all the recipe's seeds."""
+    experiment = prepared.experiment
+    if not recipe.splits or set(recipe.seeds) == set(experiment.recipe.seeds):
+        return prepared
+    parted = parts(recipe, experiment.splits)
+    copies = leaks(recipe, experiment.splits, parted, experiment.pretext)
+    return prepared._replace(parted=parted, copies=copies, shared=shared_scenes(parted))
 
 
 def parts(recipe: Recipe, splits: Splits) -> dict[tuple[str, int] | None, Splits]:

@@ -8,7 +8,7 @@ from test_data_copies import encoded
 from jaxsd import command
 from jaxsd.data import Source, Splits
 from jaxsd.data.split import part
-from jaxsd.recipe import Recipe
+from jaxsd.recipe import Experiment, Recipe
 
 CUT = astronaut().reshape(8, 64, 8, 64, 3).swapaxes(1, 2).reshape(-1, 64, 64, 3)
 RECIPE = Recipe("none", {}, (), baseline="")
@@ -41,6 +41,26 @@ def test_the_worst_of_several_splits_counts():
         assert held is not None
         apart.append(sum(pairs[image.tobytes()] in known for image in held.images))
     assert command.leaks(recipe, splits, parted, None) == (0, max(apart)) and max(apart) > 5
+
+
+def test_what_is_said_is_of_all_seeds_of_the_table(tmp_path):
+    """This process has seed 1, the table another one's seeds too; copies and guesses are those of all."""
+    random = np.random.default_rng(0)
+    source = Source(np.concatenate([CUT[8:40], CUT[8:40]]), random.integers(0, 3, 64).astype(np.int32), tuple("abc"))
+    way, splits = {"by": "image", "test": 0.25}, Splits("parts", source, None, None)
+
+    def prepared(*seeds):
+        recipe = Recipe("none", {"none": ()}, (), baseline="none", seeds=seeds, splits={"random": way})
+        parted = command.parts(recipe, splits)
+        copies, shared = command.leaks(recipe, splits, parted, None), command.shared_scenes(parted)
+        return command.Prepared(Experiment(recipe, splits, tmp_path), parted, copies, shared)
+
+    own, all_of = prepared(1), prepared(0, 1, 2, 3)
+    found = command.covering(own, all_of.experiment.recipe)
+    assert (found.copies, list(found.parted)) == (all_of.copies, list(all_of.parted))
+    assert command.guesses(found.parted) == command.guesses(all_of.parted)
+    assert found.copies > own.copies and found.experiment is own.experiment
+    assert command.covering(own, own.experiment.recipe) is own
 
 
 def test_too_many_pairs_are_not_compared(monkeypatch):
