@@ -70,7 +70,7 @@ def compute(
     one = jax.eval_shape(function, params, extra, placed, *(part[0] for part in ordered_batches(count, batch)))
     shapes = jax.tree.map(lambda x: ((count, *x.shape[1:]), x.dtype), one)
     size = sum(count * math.prod(x.shape[1:]) * x.dtype.itemsize for x in jax.tree.leaves(one))
-    # Of several processes, whose memories may differ, all compute for the same place, or they would wait for each other.
+    # Processes whose memories differ would choose differently, and then run different programs.
     chosen = PLACES[int(processes.share(np.array(PLACES.index(_chosen(place, size, folder)))))]
     log.info("%s: the frozen trunk's features, %.0f MB, are computed once, kept on the %s", where, size / 1e6, chosen)
 
