@@ -99,9 +99,10 @@ def _traced(model: nn.Module, resolution: int, channels: int) -> tuple[dict[str,
             before, y = flops, layer(*args, **kwargs)
             if isinstance(module, Conv | Linear):
                 flops += 2 * y.size // y.shape[-1] * module.get_variable("params", "kernel").size
-            known[key] = y, module.variables, flops - before
+            known[key] = jax.tree.map(jax.typeof, (y, module.variables)), flops - before
             return y
-        y, variables, cost = known[key]
+        kept, cost = known[key]  # no arrays: the trace that they belong to, of a unit with remat, may have ended
+        y, variables = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), kept)
         for collection, tree in variables.items():
             for name, value in tree.items():
                 module.put_variable(collection, name, value)
