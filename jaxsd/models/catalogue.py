@@ -95,14 +95,14 @@ def _traced(model: nn.Module, resolution: int, channels: int) -> tuple[dict[str,
         inputs, form = jax.tree.flatten((args, kwargs))
         sizes = (jax.typeof(x) if hasattr(x, "shape") else x for x in inputs)
         key = (module.clone(parent=None, name=None), form, *sizes)
-        if key not in known:
+        trace = module.scope.trace_level  # units with remat have their own, beyond which nothing traced may be used
+        if key not in known or known[key][0] != trace:
             before, y = flops, layer(*args, **kwargs)
             if isinstance(module, Conv | Linear):
                 flops += 2 * y.size // y.shape[-1] * module.get_variable("params", "kernel").size
-            known[key] = jax.tree.map(jax.typeof, (y, module.variables)), flops - before
+            known[key] = trace, y, module.variables, flops - before
             return y
-        kept, cost = known[key]  # no arrays: the trace that they belong to, of a unit with remat, may have ended
-        y, variables = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), kept)
+        _, y, variables, cost = known[key]
         for collection, tree in variables.items():
             for name, value in tree.items():
                 module.put_variable(collection, name, value)
