@@ -1,6 +1,7 @@
 """Pooling over space: NHWC, PyTorch's conventions."""
 
 import functools
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -30,7 +31,8 @@ def max_pool(x: jax.Array, window: IntOrPair, stride: IntOrPair, padding: IntOrP
     """
     if jax.default_backend() == "cpu":
         return _max_pool(x, window, stride, padding)
-    return nn.max_pool(x, pair(window), pair(stride), [(p, p) for p in pair(padding)])
+    edges: Any = [(p, p) for p in pair(padding)]  # flax types them as text
+    return nn.max_pool(x, pair(window), pair(stride), edges)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3))
