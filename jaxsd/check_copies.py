@@ -3,8 +3,6 @@
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
-import numpy as np
-
 from jaxsd.data.copies import Copies, equal, near, thumbnails
 from jaxsd.data.source import Source
 from jaxsd.figures_data import Picture
@@ -41,11 +39,7 @@ def find(parts: Mapping[str, Source]) -> list[Copy]:
     for name, source in parts.items():
         if name != "pretext":
             exact = equal(source)
-            nearly = near(small[name]).without(exact)
-            if source.groups:
-                scenes = np.array(source.groups)
-                kept = scenes[nearly.rows] != scenes[nearly.of]
-                nearly = Copies(*(part[kept] for part in nearly))
+            nearly = near(small[name], scenes=source.groups).without(exact)
             found += _copies(parts, name, name, exact, nearly)
     return sorted(found, key=lambda copy: (copy.image[0] == copy.of[0], not copy.another, copy.kind != "pixel-equal"))
 

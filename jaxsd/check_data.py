@@ -15,7 +15,7 @@ from jaxsd.check_pictures import courses, shown, used
 from jaxsd.data.decode import headers
 from jaxsd.data.files import SPLIT_NAMES, located, scan
 from jaxsd.data.source import Source, Splits
-from jaxsd.data.split import part, shared_groups, subset, unmeasurable
+from jaxsd.data.split import part, scenes_on_both_sides, subset, unmeasurable
 from jaxsd.errors import UserError
 from jaxsd.figures import image_rows
 from jaxsd.figures_data import picture_pairs, picture_rows, rate_panels
@@ -88,7 +88,11 @@ def _draw(config: Config, splits: Splits, pretext: Source | None, found: Finding
     for name in PICTURES:
         (out / name).unlink(missing_ok=True)
     drawn = ["images.png"]
-    image_rows(out / "images.png", _some_images(_ways(config, splits), pretext))
+    try:
+        ways = _ways(config, splits)
+    except UserError:  # one of the findings
+        ways = {"": splits}
+    image_rows(out / "images.png", _some_images(ways, pretext))
     if found.copies:
         drawn.append("duplicates.png")
         picture_pairs(out / "duplicates.png", found.copies)
@@ -123,7 +127,7 @@ def inspect(config: Config, splits: Splits, pretext: Source | None = None) -> Fi
         found += [("warning", text) for text in _doubts(parts)]
         if recipe is not None:
             found += _of_stages(recipe, parts.train, pretext)
-            found += _of_split(parts, by_image=bool(name) and recipe.splits[name].get("by") == "image")
+            found += _of_split(parts, pretext, by_image=bool(name) and recipe.splits[name].get("by") == "image")
         said += [(level, f"split {name}: {text}" if name else text) for level, text in found]
     lines, warnings, errors = ([text for kind, text in said if kind == level] for level in LEVELS)
     return Findings(lines, warnings, errors, pairs[: check_copies.LISTED])
@@ -297,14 +301,13 @@ def _doubts(parts: Splits) -> Iterator[str]:
         yield "there are no test images: nothing will be measured"
 
 
-def _of_split(parts: Splits, *, by_image: bool) -> Iterator[Said]:
-    """Scores that tell nothing; test images whose scene is also trained on."""
+def _of_split(parts: Splits, pretext: Source | None, *, by_image: bool) -> Iterator[Said]:
+    """Scores that tell nothing; images whose scene is on the other side, too."""
     if reason := unmeasurable(parts):
         yield "error", reason
-    count = shared_groups(parts.train, parts.test) if parts.test is not None else 0
-    if count:
-        leak = f"{count} of {len(parts.test.images)} test images show a scene that is also trained on: {TOO_GOOD}"  # type: ignore[union-attr]
-        yield "warning", f"by image: {leak}; split by group" if by_image else leak
+    for name, text in scenes_on_both_sides(parts, pretext).items():
+        leak = f"{text}: {'validation ' if name == 'validation' else ''}{TOO_GOOD}"
+        yield "warning", f"by image: {leak}; split by group" if by_image and name == "test" else leak
 
 
 def _of_stages(recipe: Recipe, train: Source, pretext: Source | None) -> Iterator[Said]:

@@ -16,7 +16,7 @@ from jaxsd import __version__, build, pictures, processes, report, tuning
 from jaxsd.aggregate import aggregate, collapses
 from jaxsd.data.copies import equal, near, thumbnails
 from jaxsd.data.source import Source, Splits, describe
-from jaxsd.data.split import TEST_SHARE, part, shared_groups, split, unmeasurable
+from jaxsd.data.split import TEST_SHARE, part, scenes_on_both_sides, split, unmeasurable
 from jaxsd.errors import UserError
 from jaxsd.measure import measure, measured
 from jaxsd.recipe import Cell, Experiment, Recipe
@@ -69,7 +69,7 @@ def prepare(config: Config, workdir: Path, stop: Stop) -> Prepared:
         if reason := unmeasurable(parts_of):
             raise UserError(f"split {key[0]}, seed {key[1]}: {reason}" if key else reason)
     experiment = Experiment(recipe, splits, workdir, pretext=pretext, stop=stop, save_seconds=config["save_seconds"])
-    return Prepared(experiment, parted, leaks(recipe, splits, parted, pretext), shared_scenes(parted))
+    return Prepared(experiment, parted, leaks(recipe, splits, parted, pretext), shared_scenes(parted, pretext))
 
 
 def run(config: Config, workdir: Path, *, only: tuple[str, ...] = (), reuse: bool = False, stop: Stop) -> int:
@@ -194,15 +194,14 @@ def near_note(splits: Splits, count: int | None) -> list[str]:
     return [f"test images that are nearly equal to a training image (encoded anew, resized, mirrored, ...): {told}"]
 
 
-def shared_scenes(parted: Parted) -> list[str]:
-    """A line for each split with scenes on both sides."""
+def shared_scenes(parted: Parted, pretext: Source | None = None) -> list[str]:
+    """A line for each split, and two of its parts, with scenes on both sides."""
     lines = {}
     for key, splits in parted.items():
         name = f"split {key[0]}" if key is not None else "the data's own split"
-        count = shared_groups(splits.train, splits.test) if splits.test is not None else 0
-        if count and name not in lines:
-            of = f"{count} of {len(splits.test or ())} test images show a scene that is also trained on"
-            lines[name] = f"{name}: {of}, so its results are too good"
+        for parts, text in scenes_on_both_sides(splits, pretext).items():
+            results = "validation results" if parts == "validation" else "results"
+            lines.setdefault((name, parts), f"{name}: {text}, so its {results} are too good")
     return list(lines.values())
 
 

@@ -23,6 +23,7 @@ from jaxsd.workdir import Journal, fingerprint, log, read_json, write_json
 
 Rows = list[dict[str, Any]]
 SHOWN = 4  # images in the attention figure
+FEATURES_FORMAT = 2  # raised when rows of classifiers on features would no longer be the same: 2 marks collapsed ones
 
 
 class Unmeasured(Exception):
@@ -200,6 +201,7 @@ def _on_features(name: str, classify: Callable[..., np.ndarray]) -> Callable[[Ex
         stage = runs[-1].stage if runs else dataclasses.replace(experiment.runs(cell)[-1].stage, init=begun)
         train, train_print = experiment.given(cell, "labelled")
         train_labels, labels, classes = train.labels, test.labels, test.classes
+        test_print = test.fingerprint()
         standard = [part.tolist() for part in experiment.standard(cell)]
         init = [stage.init.identity()] if stage.init is not None else []
         start = (
@@ -220,7 +222,7 @@ def _on_features(name: str, classify: Callable[..., np.ndarray]) -> Callable[[Ex
             return here, there, flat
 
         def compute() -> Rows:
-            here, there, flat = experiment.remembered(("features", start, train_print), features)
+            here, there, flat = experiment.remembered(("features", start, train_print, test_print), features)
             scores = {k: classify(here[k], train_labels, there[k], classes=classes) for k in here}
             return [
                 _row("accuracy", classification(score, labels, classes)["accuracy"], len(test), block)
@@ -228,7 +230,7 @@ def _on_features(name: str, classify: Callable[..., np.ndarray]) -> Callable[[Ex
                 for block, score in scores.items()
             ]
 
-        rows = _cached(experiment, [name, start, train_print, test.fingerprint()], compute)
+        rows = _cached(experiment, [name, FEATURES_FORMAT, start, train_print, test_print], compute)
         return [{**row, **_budget(experiment, runs)} for row in rows]
 
     return evaluation

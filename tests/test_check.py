@@ -274,8 +274,10 @@ def test_the_histogram_has_bars_in_proportion():
     assert [line.count("█") for line in lines[1:]] == [40, 0, 0, 0, 0, 1, 0, 0, 0, 10]  # one image is still seen
 
 
-def test_splits_that_cannot_be_drawn_are_errors():
-    found = check_data.inspect(scored_config({"by_group": {"by": "group", "test": 0.2}}), scored(scenes=1))
+def test_splits_that_cannot_be_drawn_are_errors(tmp_path):
+    config = scored_config({"by_group": {"by": "group", "test": 0.2}})
+    found = check_data.inspect(config, scored(scenes=1))
+    assert list(check_data._draw(config, scored(scenes=1), None, found, tmp_path)) == ["images.png"]
     assert found.errors and "split 'by_group': a split by group needs images of two scenes" in found.errors[0]
     equal = noise(12, scores=np.ones(12), groups=tuple("abcdef") * 2)
     own = Splits("made", equal, None, noise(2, scores=np.ones(2), groups=("a", "z")), (), "DMOS")

@@ -58,6 +58,8 @@ def test_what_is_called_collapsed():
     assert "all of one direction" in str(collapsed(narrow))
     assert collapsed(100 + 10 * random.normal(size=(200, 32))) is None
     assert collapsed(line[:7]) is None and collapsed(line[:, :7]) is None  # too few to say
+    for value in (np.nan, np.inf):
+        assert collapsed(np.full((200, 32), value, np.float32)) is None  # no numbers, of which classifiers tell
     two = np.repeat(random.normal(size=(2, 32)), 100, axis=0) + 0.05 * random.normal(size=(200, 32))
     assert collapsed(two) is None  # two classes told apart, with what is left of the images
 

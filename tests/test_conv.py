@@ -191,7 +191,7 @@ def test_pools_by_hand():
 
 
 @pytest.mark.parametrize("window, stride, padding", [(3, 2, 1), (2, 2, 0), ((3, 2), (1, 3), (1, 0))])
-def test_max_pool_sends_gradients_to_the_first_maximum(window, stride, padding):
+def test_max_pool_sends_gradients_to_the_first_maximum(window, stride, padding, monkeypatch):
     (kh, kw), (sh, sw), (ph, pw) = (rules.pair(value) for value in (window, stride, padding))
     x = jnp.round(2 * draw((3, 8, 9, 2))[0])  # with ties
 
@@ -204,6 +204,40 @@ def test_max_pool_sends_gradients_to_the_first_maximum(window, stride, padding):
     np.testing.assert_array_equal(y, expected)
     (dy,) = draw(expected.shape, seed=1)
     np.testing.assert_allclose(pull(dy)[0], library_pull(dy)[0], rtol=1e-5, atol=1e-6)
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    elsewhere, pull = jax.vjp(lambda x: max_pool(x, window, stride, padding), x)
+    np.testing.assert_array_equal(elsewhere, expected)
+    np.testing.assert_array_equal(pull(dy)[0], library_pull(dy)[0])
+
+
+@pytest.mark.parametrize(
+    "shape", [(0, 8, 8, 6, 5, 3, 1, 1), (0, 8, 8, 6, 6, 3, 1, 1, 1, 6)], ids=["dense", "depthwise"]
+)
+def test_no_images_have_no_gradient(shape):
+    y, dx, dk = both(shape)[0]
+    assert not y.size and not dx.size and not np.any(dk)
+
+
+@pytest.mark.parametrize("groups", [1, 16])
+@pytest.mark.parametrize("checked", [True, False])
+def test_within_shard_map(groups, checked, monkeypatch):
+    """Chunks and tiles of what differs on every device, with a kernel that all share: its gradient is added up."""
+    monkeypatch.setattr(rules, "CHUNK_BYTES", 1 << 13)
+    x, w, places = draw((32, 8, 8, 16), (3, 3, 16 // groups, 16), (32, 8, 8, 16))
+
+    def loss(x, w, places):
+        return (places * conv(x, w, padding=1, groups=groups)).sum()
+
+    def each(x, w, places):
+        dx, dw = jax.grad(loss, (0, 1))(x, w, places)
+        return dx, dw if checked else jax.lax.psum(dw, "data")
+
+    mesh = Mesh(np.array(jax.devices()[:2]), ("data",))
+    split = P("data")
+    sharded = jax.shard_map(each, mesh=mesh, in_specs=(split, P(), split), out_specs=(split, P()), check_vma=checked)
+    found, wanted = jax.jit(sharded)(x, w, places), jax.jit(jax.grad(loss, (0, 1)))(x, w, places)
+    for ours, theirs in zip(found, wanted, strict=True):
+        assert distance(ours, theirs) < 2e-5
 
 
 @pytest.mark.parametrize("groups", [1, 4, 16])
@@ -219,7 +253,10 @@ def test_eight_devices_give_the_numbers_of_one(groups, monkeypatch):
     assert mesh.size == 8
     step = jax.jit(jax.value_and_grad(loss, (0, 1)))
     one = step(x, w)
-    many = step(jax.device_put(x, NamedSharding(mesh, P("data"))), jax.device_put(w, NamedSharding(mesh, P())))
+    shards = jax.device_put(x, NamedSharding(mesh, P("data"))), jax.device_put(w, NamedSharding(mesh, P()))
+    many = step(*shards)
+    if groups == 16:  # tile by tile: every device works on its own images
+        assert "all-gather" not in step.lower(*shards).compile().as_text()
     assert len(many[1][0].sharding.device_set) == 8
     for ours, theirs in zip(jax.tree.leaves(many), jax.tree.leaves(one), strict=True):
         assert distance(ours, theirs) < 2e-5

@@ -69,6 +69,17 @@ def test_planted_copies_are_found_among_images_of_the_same_photographs(name):
     assert within.of.tolist() == (2 * chosen).tolist()
 
 
+def test_a_copy_in_another_scene_is_not_hidden_by_a_nearer_one_of_the_same_scene():
+    images = crops()[8:40]
+    again = encoded(resized(images[5]))
+    small = thumbnails(np.concatenate([images, [brightened(images[5], 1.02), again, brightened(again, 1.02)]]))
+    first = [f"scene {n}" for n in range(len(images))]
+    assert near(small).rows.tolist() == [32, 34] and near(small).of.tolist() == [5, 33]
+    found = near(small, scenes=[*first, "scene 5", "another", "another"])
+    assert found.rows.tolist() == [33, 34] and set(found.of.tolist()) <= {5, 32}
+    assert near(small, scenes=[*first, "scene 5", "scene 5", "scene 5"]).rows.tolist() == []
+
+
 def test_different_parts_of_one_photograph_are_no_copies():
     small = thumbnails(crops())
     assert near(small).rows.tolist() == [] and near(small[::2], of=small[1::2]).rows.tolist() == []

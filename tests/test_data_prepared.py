@@ -168,6 +168,9 @@ def test_which_images_are_held_out(prepared):
     assert sizes(test="validation") == [20, 0, 8]  # not twice
     train, validation, test = sizes(train="train+test")  # the split test is not read again
     assert train + test == 32 and validation == 8 and test > 0
+    assert sizes(train="train + test") == [train, validation, test]
+    train, validation, test = sizes(train="all")  # nor any other
+    assert train + test == 40 and validation == 0 and test > 0
     assert sizes(train="train[:50%]", validation="train[50%:]", test="0.2") == [8, 10, 2]
     assert sizes("jaxsd_photos") == [4, 0, 2] and sizes("jaxsd_photos", test=0) == [6, 0, 0]
     assert sizes("jaxsd_photos", test=0, validation=0.5) == [3, 3, 0]

@@ -207,6 +207,13 @@ def test_flops_by_hand():
     assert costs(models.build("resnet8", outputs=0), 32, 1)[1] == 2 * (stem // 3 + block1 + block2 + block3)
 
 
+@pytest.mark.parametrize("name", ["resnet50", "deit_tiny"])
+def test_costs_are_those_without_remat(name):
+    plain, again = (models.build(name, resolution=64, remat=remat) for remat in (False, True))
+    assert costs(again, 64) == costs(plain, 64)
+    assert size(shapes(again, 64)) == size(shapes(plain, 64))
+
+
 def test_command_prints_the_catalogue(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["jaxsd.models", "--json"])
     command.main()

@@ -132,6 +132,16 @@ def test_classes_of_patches(tmp_path, average):
     assert number(rows, "patch8", "patch_accuracy") == np.mean(outputs.argmax(-1) == test.labels[:, None])
 
 
+def test_scenes_of_pretext_and_validation_images_are_told():
+    splits, _ = splits_of()
+    train, other, both = (splits.train.take(rows) for rows in ([0, 1], [4, 5], [2, 4]))
+    (line,) = shared_scenes({None: splits._replace(train=train, test=other)}, both)
+    assert "1 of 2" in shared_scenes({None: splits._replace(train=train, test=both)})[0]
+    assert "2 of 2 test images show a scene that is also among the pretext images, so its results" in line
+    (line,) = shared_scenes({None: splits._replace(train=train, validation=both, test=other)})
+    assert "1 of 2 validation images show a scene that is also trained on, so its validation results" in line
+
+
 def test_scenes_on_both_sides_are_told_once_for_each_split():
     splits, _ = splits_of()
     apart = splits._replace(train=splits.train.take([0, 1]), test=splits.train.take([4, 5]))

@@ -1,6 +1,7 @@
 """Which images are copies of others: pixel for pixel, or nearly (resized, encoded anew, brightened, mirrored)."""
 
 import hashlib
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -69,10 +70,11 @@ def thumbnails(images: np.ndarray) -> np.ndarray:
     return small
 
 
-def near(small: np.ndarray, *, of: np.ndarray | None = None) -> Copies:
+def near(small: np.ndarray, *, of: np.ndarray | None = None, scenes: Sequence[str] = ()) -> Copies:
     """Images that are nearly equal to one of another set, as it is or mirrored; equal ones are among them.
 
     small, of: thumbnails [N, h, w, C] and [M, h, w, C]; without `of`, what is nearly equal to an earlier one counts.
+    scenes: without `of`, the scene of each image, if any are named: images of one scene are not compared.
     For every image the nearest other one is found by the likeness r: the correlation of the differences between
     neighbouring cells in gray, which brightness and contrast do not change. It is a copy where
         r is at least 1 - 0.4 (1 - m)^2 within [0.87, 0.99], m being the median of all images' r, so that images which
@@ -86,10 +88,11 @@ def near(small: np.ndarray, *, of: np.ndarray | None = None) -> Copies:
     if small.shape[1:] != known.shape[1:]:
         raise UserError(f"thumbnails differ in shape: {list(small.shape[1:])} and {list(known.shape[1:])}")
     slopes, limit, found = _slopes(small), MOST, []
+    apart = np.unique(scenes, return_inverse=True)[1] if len(scenes) else np.arange(len(small))
     for mirrored in (False, True):
         others = known[:, :, ::-1] if mirrored else known
         other_slopes = _slopes(others)
-        likeness, place = _nearest(slopes, other_slopes, apart=of is None)
+        likeness, place = _nearest(slopes, other_slopes, apart=apart if of is None else None)
         if not mirrored:
             limit = float(np.clip(1 - SHARE * (1 - np.median(likeness)) ** 2, LEAST, MOST))
         rows = np.flatnonzero(likeness >= limit)
@@ -136,15 +139,15 @@ def _of_length_one(values: np.ndarray) -> np.ndarray:
     return values / np.maximum(length, FAINT * max(1, values.shape[1]) ** 0.5)
 
 
-def _nearest(vectors: np.ndarray, others: np.ndarray, *, apart: bool) -> tuple[np.ndarray, np.ndarray]:
-    """The largest product of each vector with another, and where; apart: not with that of its own position."""
+def _nearest(vectors: np.ndarray, others: np.ndarray, *, apart: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
+    """The largest product of each vector with another, and where; apart: numbers, not with one of the same number."""
     best, place = np.empty(len(vectors), np.float32), np.empty(len(vectors), np.int64)
     step = max(1, PRODUCTS // len(others))
     for start in range(0, len(vectors), step):
         products = vectors[start : start + step] @ others.T
         rows = np.arange(len(products))
-        if apart:
-            products[rows, start + rows] = -1
+        if apart is not None:
+            products[apart[start : start + step, None] == apart] = -1
         place[start : start + step] = nearest = products.argmax(1)
         best[start : start + step] = products[rows, nearest]
     return best, place

@@ -55,7 +55,9 @@ def tfds(
     keys = _keys(dataset, builder.info, label)
     _check_prepared(dataset, data_dir, builder)
     named = {"train": train, "validation": _share_or_split(validation), "test": _share_or_split(test)}
-    taken = {part.split("[")[0] for value in named.values() if isinstance(value, str) for part in value.split("+")}
+    parts = [part for value in named.values() if isinstance(value, str) for part in value.split("+")]
+    taken = {part.split("[")[0].strip() for part in parts}
+    taken = set(builder.info.splits) if "all" in taken else taken
     for split in ("validation", "test"):
         if named[split] is None:
             own = split in builder.info.splits and split not in taken

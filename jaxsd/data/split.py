@@ -118,6 +118,23 @@ def shared_groups(a: Source, b: Source) -> int:
     return sum(group in known for group in b.groups)
 
 
+def scenes_on_both_sides(parts: Splits, pretext: Source | None = None) -> dict[str, str]:
+    """What is to be said of scenes that two parts show: {"test", "pretext" or "validation": text}.
+
+    pretext: images of the pretext stages' own.
+    """
+    pairs = {
+        "test": (parts.test, "test", parts.train, "is also trained on"),
+        "pretext": (parts.test, "test", pretext, "is also among the pretext images"),
+        "validation": (parts.validation, "validation", parts.train, "is also trained on"),
+    }
+    return {
+        name: f"{count} of {len(held)} {part} images show a scene that {where}"
+        for name, (held, part, known, where) in pairs.items()
+        if held is not None and known is not None and (count := shared_groups(known, held))
+    }
+
+
 def subset(
     source: Source,
     *,

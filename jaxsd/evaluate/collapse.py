@@ -41,8 +41,8 @@ def spread(features: np.ndarray) -> Spread:
 
 
 def collapsed(features: np.ndarray) -> str | None:
-    """In words why features [N, D] are called collapsed; None where they are not, or where too few are given."""
-    if min(np.shape(features)) < FEWEST:
+    """In words why features [N, D] are called collapsed; None where they are not, are too few, or are not finite."""
+    if min(np.shape(features)) < FEWEST or not np.isfinite(features).all():
         return None
     found = spread(features)
     if found.rank < RANK:

@@ -95,13 +95,14 @@ def _traced(model: nn.Module, resolution: int, channels: int) -> tuple[dict[str,
         inputs, form = jax.tree.flatten((args, kwargs))
         sizes = (jax.typeof(x) if hasattr(x, "shape") else x for x in inputs)
         key = (module.clone(parent=None, name=None), form, *sizes)
-        if key not in known:
+        trace = module.scope.trace_level  # units with remat have their own, beyond which nothing traced may be used
+        if key not in known or known[key][0] != trace:
             before, y = flops, layer(*args, **kwargs)
             if isinstance(module, Conv | Linear):
                 flops += 2 * y.size // y.shape[-1] * module.get_variable("params", "kernel").size
-            known[key] = y, module.variables, flops - before
+            known[key] = trace, y, module.variables, flops - before
             return y
-        y, variables, cost = known[key]
+        _, y, variables, cost = known[key]
         for collection, tree in variables.items():
             for name, value in tree.items():
                 module.put_variable(collection, name, value)

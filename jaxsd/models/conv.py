@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxsd.models.fused import fused, fuses, image_gradient, kernel_gradient
-from jaxsd.models.lowering import Geometry, crossed, pick
+from jaxsd.models.lowering import Geometry, crossed, pick, varying
 
 IntOrPair = int | tuple[int, int]
 Padding = IntOrPair | tuple[tuple[int, int], tuple[int, int]]  # ((top, bottom), (left, right)) where they differ
@@ -70,7 +70,8 @@ def conv(
     wide: Any = jnp.promote_types(x.dtype, jnp.float32)
     (_, *size, _), (kh, kw, depth, features) = x.shape, w.shape
     g = Geometry(pair(size), (kh, kw), pair(stride), sides(padding), pair(dilation), groups, depth, features)
-    result: Any = _conv(x.astype(wide), w.astype(wide), g)
+    x_wide, w_wide = x.astype(wide), w.astype(wide)
+    result: Any = _conv(varying(x_wide, w_wide), varying(w_wide, x_wide), g)
     return result.astype(x.dtype)
 
 
@@ -129,7 +130,8 @@ def _over_chunks(
         total = None if total is None else lax.add(total, summand)
         return total, lax.dynamic_update_index_in_dim(results, part, i, 1)
 
-    results = lax.full((shape[0] // n, n, *shape[1:]), 0, arrays[0].dtype)
+    results = varying(lax.full((shape[0] // n, n, *shape[1:]), 0, arrays[0].dtype), arrays[0])
+    total = None if total is None else varying(total, arrays[0])
     total, results = lax.fori_loop(0, n, body, (total, results))
     return total, results.reshape(shape)
 
@@ -139,7 +141,7 @@ def _products(a: Array, b: Array, axes: tuple[int, int]) -> Array:
     return lax.dot_general(a, b, (((axes[0],), (axes[1],)), ((0,), (0,))))
 
 
-def _adjoint(function: Callable, like: jax.ShapeDtypeStruct) -> Callable[[Array], Array]:
+def _adjoint(function: Callable, like: Any) -> Callable[[Array], Array]:
     transposed = jax.linear_transpose(function, like)
     return lambda y: transposed(y)[0]
 
@@ -179,15 +181,14 @@ def _gradients(x: Array, w: Array, dy: Array, g: Geometry) -> tuple[Array, Array
     kernel = rule.arrange(w)
 
     def part(x, dy):
-        images = jax.ShapeDtypeStruct(x.shape, x.dtype)
         spread = rule.spread(x)
-        products = jax.ShapeDtypeStruct((*spread.shape[:2], kernel.shape[2]), x.dtype)
+        products = jax.eval_shape(lambda: _products(spread, kernel, (2, 1)))
         dz = lax.optimization_barrier(_adjoint(rule.collect, products)(dy))
-        dx = _adjoint(rule.spread, images)(_products(dz, kernel, (2, 2)))
+        dx = _adjoint(rule.spread, x)(_products(dz, kernel, (2, 2)))
         return crossed(spread, dz), dx
 
     dkernel, dx = _over_chunks(part, n, jnp.zeros_like(kernel), x.shape, x, dy)
-    return dx, _adjoint(rule.arrange, jax.ShapeDtypeStruct(w.shape, w.dtype))(dkernel)
+    return dx, _adjoint(rule.arrange, w)(dkernel)
 
 
 _conv.defvjp(_forward, _backward)

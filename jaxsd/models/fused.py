@@ -1,13 +1,14 @@
 """Convolutions with few products for each result: multiplied and added tap by tap, in one pass over the result."""
 
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from jaxsd.models.lowering import Geometry
+from jaxsd.models.lowering import Geometry, varying
 
 Array = jax.Array
 
@@ -61,10 +62,13 @@ def _cut(size: int, most: int) -> tuple[int, int]:
 def kernel_gradient(x: Array, dy: Array, g: Geometry) -> Array:
     """The gradient of a depthwise convolution with respect to its kernel: [kh, kw, 1, C].
 
-    A tile of one image at a time, copied to have its pixels side by side. The sums over a tile's columns are written
-    out, since XLA's own are slow; those over its rows are left to the end.
+    A tile of one image at a time (of one on every device of a sharded batch), copied to have its pixels side by side.
+    The sums over a tile's columns are written out, since XLA's own are slow; those over its rows are left to the end.
     """
     (h, w), (kh, kw), (sh, sw), (dh, dw), (b, c) = g.out, g.kernel, g.stride, g.dilation, (x.shape[0], g.channels)
+    if not b:
+        return jnp.zeros((kh, kw, 1, c), x.dtype)
+    parts = math.gcd(b, jax.device_count())
     across, columns = _cut(w, TILE_COLUMNS)
     down, rows = _cut(h, max(1, TILE_BYTES // (columns * c * dy.itemsize)))
     tall, wide = sh * (rows - 1) + g.reach[0] + 1, sw * (columns - 1) + g.reach[1] + 1  # of a tile of x
@@ -75,20 +79,22 @@ def kernel_gradient(x: Array, dy: Array, g: Geometry) -> Array:
         dy, jnp.zeros((), x.dtype), ((0, 0, 0), (0, down * rows - h, 0), (0, across * columns - w, 0), (0, 0, 0))
     )
 
+    x, dy = (a.reshape(parts, b // parts, *a.shape[1:]) for a in (x, dy))
+
     def body(tile, totals):
         image, down_by, across_by = tile // (down * across), tile // across % down * rows, tile % across * columns
-        x_tile = lax.dynamic_slice(x, (image, sh * down_by, sw * across_by, 0), (1, tall, wide, c))
-        dy_tile = lax.dynamic_slice(dy, (image, down_by, across_by, 0), (1, rows, columns, c))
-        x_tile, dy_tile = lax.optimization_barrier((x_tile, dy_tile))
+        x_tile = lax.dynamic_slice(x, (0, image, sh * down_by, sw * across_by, 0), (parts, 1, tall, wide, c))
+        dy_tile = lax.dynamic_slice(dy, (0, image, down_by, across_by, 0), (parts, 1, rows, columns, c))
+        x_tile, dy_tile = lax.optimization_barrier((x_tile.squeeze(1), dy_tile.squeeze(1)))
         sums = []
         for total, (i, j) in zip(totals, np.ndindex(kh, kw), strict=True):
             for column in range(columns):
                 start = (0, i * dh, j * dw + sw * column, 0)
-                tap = lax.slice(x_tile, start, (1, start[1] + sh * (rows - 1) + 1, start[2] + 1, c), (1, sh, 1, 1))
+                tap = lax.slice(x_tile, start, (parts, start[1] + sh * (rows - 1) + 1, start[2] + 1, c), (1, sh, 1, 1))
                 total = lax.add(total, lax.mul(tap, lax.slice_in_dim(dy_tile, column, column + 1, axis=2)))
             sums.append(total)
         return sums
 
-    totals = [jnp.zeros((1, rows, 1, c), x.dtype)] * (kh * kw)
-    totals = lax.fori_loop(0, b * down * across, body, totals)
+    totals = [varying(jnp.zeros((parts, rows, 1, c), x.dtype), x)] * (kh * kw)
+    totals = lax.fori_loop(0, b // parts * down * across, body, totals)
     return jnp.stack([total.sum((0, 1, 2)) for total in totals]).reshape(kh, kw, 1, c)

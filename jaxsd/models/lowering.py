@@ -7,7 +7,7 @@ functions.
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -62,6 +62,19 @@ class Rule(NamedTuple):
 
 
 WIDE = 256  # columns from which on a single matrix is faster transposed before its product than within
+
+
+def _axes(x: Array) -> frozenset[str]:
+    """The axes of a `shard_map` over which x varies."""
+    kind: Any = jax.typeof(x)
+    return kind.manual_axis_type.varying if hasattr(kind, "manual_axis_type") else kind.vma  # before JAX 0.10
+
+
+def varying(x: Array, like: Array) -> Array:
+    """x, typed as varying over the devices of a `shard_map` where `like` is: what a loop starts from has to be."""
+    for axis in sorted(_axes(like) - _axes(x)):
+        x = x + (0 * lax.axis_index(axis)).astype(x.dtype)
+    return x
 
 
 def crossed(a: Array, b: Array) -> Array:

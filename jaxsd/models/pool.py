@@ -1,7 +1,9 @@
 """Pooling over space: NHWC, PyTorch's conventions."""
 
 import functools
+from typing import Any
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -22,29 +24,32 @@ def _taps(x: jax.Array, window: IntOrPair, stride: IntOrPair, padding: IntOrPair
     ]
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3))
 def max_pool(x: jax.Array, window: IntOrPair, stride: IntOrPair, padding: IntOrPair = 0) -> jax.Array:
     """The maximum of each window of x [B, H, W, C]; padding never wins (minus infinity).
 
     The gradient goes to the first pixel, row by row, that has the maximum.
     """
+    if jax.default_backend() == "cpu":
+        return _max_pool(x, window, stride, padding)
+    edges: Any = [(p, p) for p in pair(padding)]  # flax types them as text
+    return nn.max_pool(x, pair(window), pair(stride), edges)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3))
+def _max_pool(x: jax.Array, window: IntOrPair, stride: IntOrPair, padding: IntOrPair) -> jax.Array:
     return functools.reduce(jnp.maximum, _taps(x, window, stride, padding, -jnp.inf))
 
 
-def _max_pool(x, window, stride, padding):
-    y = max_pool(x, window, stride, padding)
-    return y, (x, y)
-
-
-def _max_pool_gradient(window, stride, padding, saved, dy):
-    x, y = saved
+def _max_pool_gradient(window, stride, padding, x, dy):
+    # Not where a tap equals the maximum found before: x may come here computed again, rounded otherwise.
     taps = _taps(x, window, stride, padding, -jnp.inf)
-    winner = jnp.full(y.shape, -1)
-    for i in reversed(range(len(taps))):
-        winner = jnp.where(taps[i] == y, i, winner)
+    best, winner = taps[0], jnp.zeros(dy.shape, jnp.int32)
+    for i, tap in enumerate(taps[1:], 1):
+        better = tap > best
+        best, winner = jnp.where(better, tap, best), jnp.where(better, i, winner)
     # dy and the winners a stride apart: every pixel then finds the windows that it is in by slices
     (kh, kw), (b, h, w, c) = pair(window), x.shape
-    sizes = zip((kh, kw), pair(stride), pair(padding), (h, w), y.shape[1:3], strict=True)
+    sizes = zip((kh, kw), pair(stride), pair(padding), (h, w), dy.shape[1:3], strict=True)
     spaces = [(k - 1 - p, n - 1 + p - s * (m - 1), s - 1) for k, s, p, n, m in sizes]
     edges = ((0, 0, 0), *spaces, (0, 0, 0))
     dy, winner = lax.pad(dy, jnp.zeros((), dy.dtype), edges), lax.pad(winner, -1, edges)
@@ -57,7 +62,7 @@ def _max_pool_gradient(window, stride, padding, saved, dy):
     return (functools.reduce(lax.add, parts),)
 
 
-max_pool.defvjp(_max_pool, _max_pool_gradient)
+_max_pool.defvjp(lambda x, *window: (_max_pool(x, *window), x), _max_pool_gradient)
 
 
 def average_pool(x: jax.Array, window: IntOrPair, stride: IntOrPair, padding: IntOrPair = 0) -> jax.Array:
