@@ -143,7 +143,7 @@ def covering(prepared: Prepared, recipe: Recipe) -> Prepared:
         return prepared
     parted = parts(recipe, experiment.splits)
     copies = leaks(recipe, experiment.splits, parted, experiment.pretext)
-    return prepared._replace(parted=parted, copies=copies, shared=shared_scenes(parted))
+    return prepared._replace(parted=parted, copies=copies, shared=shared_scenes(parted, experiment.pretext))
 
 
 def parts(recipe: Recipe, splits: Splits) -> dict[tuple[str, int] | None, Splits]:
