@@ -111,9 +111,8 @@ def _failed(error: Exception) -> int:
     if isinstance(error, OSError):  # of the machine: a full disk, a folder that is gone or may not be written
         what = f"{error.filename or 'writing to the workdir'}: {error.strerror or error}"
         text = f"{what}; once that is mended the same command goes on from what is saved"
-    elif not isinstance(
-        error, UserError | RunError | flags.Error
-    ):  # the line is for people; the traceback is in the log
+    elif not isinstance(error, UserError | RunError | flags.Error):
+        # The line is for people; the traceback is in the log.
         text = f"{type(error).__name__}: {error}; the traceback is in log.txt of the workdir"
     logging.getLogger("jaxsd").debug("%s", traceback.format_exc())
     print(f"error: {' '.join(text.split())}", file=sys.stderr)
