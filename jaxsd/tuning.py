@@ -15,7 +15,7 @@ def tune_allocator() -> None:
     libc = ctypes.CDLL(None)
     libc.mallopt(-8, 1)  # M_ARENA_MAX: XLA's threads share the main heap
     libc.mallopt(-4, 0)  # M_MMAP_MAX: no separate mapping per block
-    libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: freed memory is kept
+    libc.mallopt(-1, -1)  # M_TRIM_THRESHOLD: freed memory is kept, however much
     libc.mallopt(-2, 256 << 20)  # M_TOP_PAD
 
 

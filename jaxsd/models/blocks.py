@@ -60,6 +60,23 @@ def gelu(x: jax.Array) -> jax.Array:
     return (0.5 * wide * (1 + jax.lax.erf(wide * 0.5**0.5))).astype(x.dtype)
 
 
+@jax.custom_vjp
+def joined(x: jax.Array, y: jax.Array) -> jax.Array:
+    """relu(x + y): how a residual branch ends.
+
+    Kept as an array, in the gradient too: a CPU would add up the whole stream of units in everything that reads it.
+    """
+    return jax.lax.optimization_barrier(nn.relu(x + y))
+
+
+def _joined_gradients(result: jax.Array, gradient: jax.Array) -> tuple[jax.Array, jax.Array]:
+    gradient = jax.lax.optimization_barrier(jnp.where(result > 0, gradient, 0))
+    return gradient, gradient
+
+
+joined.defvjp(lambda x, y: (joined(x, y),) * 2, _joined_gradients)
+
+
 class Linear(nn.Module):
     """A dense layer in x's dtype, started as PyTorch starts one: uniform in +- 1 / sqrt(fan in), the bias too."""
 

@@ -101,7 +101,8 @@ CHUNK_BYTES = 1 << 20  # images worked on at once: what `spread` makes of them s
 
 def _chunks(x: Array, w: Array, g: Geometry) -> int:
     """How many equal parts the batch is worked on in: a part is as large as the kernel, which every part reads."""
-    if not x.size or (g.groups > 1 and g.stride != (1, 1)):  # parts of those are not faster
+    strided = g.groups > 1 and g.stride != (1, 1)
+    if not x.size or strided or g.kernel == (1, 1):  # parts of those are not faster, 1 x 1 spreads nothing
         return 1
     batch, images = x.shape[0], max(CHUNK_BYTES, w.nbytes) * x.shape[0] // x.nbytes
     return next(n for n in range(1, batch + 1) if batch % n == 0 and batch // n <= max(1, images))

@@ -101,7 +101,7 @@ class MBConv(nn.Module):
         y = layer(self.features, 1, activation=None, name="project")(y, train)
         if self.stride > 1 or channels != self.features:
             return y
-        return x + DropPath(self.drop_path)(y, train)
+        return jax.lax.optimization_barrier(x + DropPath(self.drop_path)(y, train))
 
 
 class Stage(nn.Module):

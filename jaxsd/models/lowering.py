@@ -172,11 +172,12 @@ _INPUT = (
     (0, 4, 0, -5, 0, 1),
 )
 _KERNEL = (
-    np.array(
-        ((6, 0, 0), (-4, -4, -4), (-4, 4, -4), (1, 2, 4), (1, -2, 4), (0, 0, 24)),
-        np.float32,
-    )
-    / np.array((24, 24, 24, 24, 24, 24), np.float32)[:, None]
+    (1 / 4, 0, 0),
+    (-1 / 6, -1 / 6, -1 / 6),
+    (-1 / 6, 1 / 6, -1 / 6),
+    (1 / 24, 1 / 12, 1 / 6),
+    (1 / 24, -1 / 12, 1 / 6),
+    (0, 0, 1),
 )
 _OUTPUT = (
     (1, 1, 1, 1, 1, 0),
@@ -217,7 +218,9 @@ def _winograd(g: Geometry, batch: int) -> Rule:
         return _stacked(_combine(_INPUT, parts), 0).reshape(6, -1, g.channels)
 
     def arrange(k):
-        return jnp.einsum("tj,ijco->tcio", _KERNEL.astype(k.dtype), k).reshape(6, g.channels, 3 * g.features)
+        columns = [lax.squeeze(part, (1,)) for part in lax.split(k, [1] * 3, 1)]  # [kh, C, O]
+        k = _stacked(_combine(_KERNEL, columns), 0)
+        return k.transpose(0, 2, 1, 3).reshape(6, g.channels, 3 * g.features)
 
     def collect(z):
         z = lax.optimization_barrier(_fold_rows(z.reshape(6, batch, rows, tiles, 3, g.features), g, 1 + ROWS))

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxsd.models.blocks import ConvNorm, he_fan_out
+from jaxsd.models.blocks import ConvNorm, he_fan_out, joined
 from jaxsd.models.conv import Conv
 from jaxsd.models.pool import blur_pool, global_average_pool
 
@@ -143,7 +143,7 @@ class Unit(nn.Module):
             if self.blur and stride > 1:
                 x, stride = blur_pool(x, stride), 1
             x = ConvNorm(y.shape[-1], 1, stride, activation=None, name="shortcut")(x, train)
-        return nn.relu(x + y)
+        return joined(x, y)
 
     def mixed(self, first: jax.Array, second: jax.Array) -> jax.Array:
         """lam * first + (1 - lam) * second, both [B, h, w, D], with a fresh lam."""

@@ -11,7 +11,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from jaxsd.models.blocks import ConvNorm, DropPath, Staged, growing, he_fan_out, uniform
+from jaxsd.models.blocks import ConvNorm, DropPath, Staged, growing, he_fan_out, joined, uniform
 from jaxsd.models.conv import Conv
 from jaxsd.models.pool import average_pool, max_pool
 
@@ -70,7 +70,7 @@ class Unit(nn.Module):
         if self.stride > 1 or x.shape[-1] != width:
             x = halved(x) if self.stride > 1 else x
             x = ConvNorm(width, 1, activation=None, name="shortcut")(x, train)
-        return nn.relu(x + DropPath(self.drop_path)(y, train))
+        return joined(x, DropPath(self.drop_path)(y, train))
 
 
 class Stem(nn.Module):

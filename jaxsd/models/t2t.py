@@ -84,7 +84,7 @@ class Performer(nn.Module):
         k, q, v = jnp.split(kqv, 3, -1)
         y = Linear(WIDTH, kernel_init=START, bias_init=ZEROS, name="proj")(linear_attention(q, k, v, w.value))
         x = v + drop(y)
-        return x + drop(Mlp(WIDTH, name="mlp")(LayerNorm(EPSILON, name="norm2")(x)))
+        return lax.optimization_barrier(x + drop(Mlp(WIDTH, name="mlp")(LayerNorm(EPSILON, name="norm2")(x))))
 
 
 class TokenAttention(nn.Module):
