@@ -115,6 +115,7 @@ class Experiment:
         self._subsets: dict[tuple, tuple[Source, str]] = {}
         self._trained: dict[str, Trained] = {}  # by fingerprint, oldest first
         self._last: tuple[tuple, Any] | None = None
+        self._said: set[tuple[str, int]] = set()  # stages and percent that were warned of
         self.reads = False  # whether only what has been measured already is asked for
 
     @contextlib.contextmanager
@@ -229,8 +230,10 @@ class Experiment:
         target = sum(self._pixels(other, cell, other.epochs) for other in matched)
         one = self._pixels(stage, cell, 1)
         epochs = max(1, round(target / one))
-        if abs(epochs * one / target - 1) > 0.02 and not self.reads:
-            log.warning("%s: whole epochs show %.0f %% of the pixels to match", stage.name, 100 * epochs * one / target)
+        percent = round(100 * epochs * one / target)
+        if abs(epochs * one / target - 1) > 0.02 and not self.reads and (stage.name, percent) not in self._said:
+            self._said.add((stage.name, percent))
+            log.warning("%s: whole epochs show %d %% of the pixels to match", stage.name, percent)
         return stage.stretched(epochs)
 
     def _pixels(self, stage: Stage, cell: Cell, epochs: int) -> float:

@@ -20,17 +20,20 @@ def tune_allocator() -> None:
 
 
 @functools.cache
-def compiler_options() -> dict[str, str]:
-    """What `jax.jit(compiler_options=)` is given for training steps: on a CPU, that `optimization_barrier` is kept.
+def compiler_options(*, once: bool = False) -> dict[str, str | bool]:
+    """What `jax.jit(compiler_options=)` is given for networks: on a CPU, that `optimization_barrier` is kept.
 
     XLA there removes barriers before it fuses, and then computes whole residual streams again inside of what reads
-    them. A pass's name is no stable interface: where this jaxlib does not take the option there is none.
+    them. `once`: for a program that runs once, by XLA's older emitters, which compile many small loops in half the
+    time. These names are no stable interface: where this jaxlib does not take the options there are none.
     """
     import jax
 
     if jax.default_backend() != "cpu":
         return {}
-    options = {"xla_disable_hlo_passes": "cse_barrier_expander"}
+    options: dict[str, str | bool] = {"xla_disable_hlo_passes": "cse_barrier_expander"}
+    if once:
+        options["xla_cpu_use_fusion_emitters"] = False
     try:
         jax.jit(lambda x: x, compiler_options=options).lower(0.0).compile()
     except Exception:  # whatever a compiler of another version says

@@ -66,7 +66,7 @@ MAY_IMPORT = {
     "figures_data": ("figures",),
     "data": (),
     "views": ("data.source",),
-    "models": (),
+    "models": ("tuning",),
     "objectives": ("views.augment", "views.pixels", "models.forward"),
     "train": (
         "objectives.objective",
@@ -77,7 +77,7 @@ MAY_IMPORT = {
         "tuning",
         "processes",
     ),
-    "evaluate": ("data.source", "data.batches", "models.forward", "models.pool"),
+    "evaluate": ("data.source", "data.batches", "models.forward", "models.pool", "tuning"),
     "weights": ("workdir", "models", "train.checkpoint"),
     "named": (),
     "stage": ("workdir", "processes", "weights", "data", "views", "models.forward", "objectives.objective", "train"),

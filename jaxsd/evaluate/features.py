@@ -13,6 +13,7 @@ from jaxsd.data.batches import cut_on_host, fitting, ordered_batches
 from jaxsd.data.source import Grid
 from jaxsd.models.forward import forward
 from jaxsd.models.pool import adaptive_average_pool
+from jaxsd.tuning import compiler_options
 
 Tree = Any
 WIDTH = 2048  # most features per block: a map is averaged to the largest square grid that fits
@@ -26,7 +27,7 @@ def _compiled(model: nn.Module) -> Callable[..., Any]:
         result = forward(model, params, collections, images, train=False)
         return result.outputs, {k: _flat(v) for k, v in result.features.items()}
 
-    return jax.jit(apply)
+    return jax.jit(apply, compiler_options=compiler_options())
 
 
 def _flat(feature: jax.Array) -> jax.Array:

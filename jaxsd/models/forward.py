@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxsd.models.conv import plain_convolutions
+from jaxsd.tuning import compiler_options
 
 Tree = Any  # a nested dict of arrays
 
@@ -26,15 +27,15 @@ class Forward(NamedTuple):
     collections: Tree  # the non-parameter collections after the call
 
 
+def _init(model: nn.Module, shape: tuple[int, ...], key: jax.Array) -> Tree:
+    with plain_convolutions():  # what the layers give is thrown away
+        return model.init(key, jnp.zeros(shape, jnp.float32), False)
+
+
 @functools.lru_cache(maxsize=64)
 def _compiled_init(model: nn.Module, shape: tuple[int, ...]) -> Callable[[jax.Array], Tree]:
     """Kept, since every seed and every stage draws anew."""
-
-    def init(key: jax.Array) -> Tree:
-        with plain_convolutions():  # what the layers give is thrown away
-            return model.init(key, jnp.zeros(shape, jnp.float32), False)
-
-    return jax.jit(init)
+    return jax.jit(functools.partial(_init, model, shape), compiler_options=compiler_options(once=True))
 
 
 def initialise(model: nn.Module, key: jax.Array, images: jax.Array) -> tuple[Tree, Tree]:
@@ -43,7 +44,9 @@ def initialise(model: nn.Module, key: jax.Array, images: jax.Array) -> tuple[Tre
     images: any batch [B, H, W, C] of the shape that will be trained on. The collections hold `batch_stats` where the
     module has them, and `standardise` with mean 0 and deviation 1, to be replaced by the training set's.
     """
-    variables = _compiled_init(model, (1, *images.shape[1:]))(key)
+    shape = (1, *images.shape[1:])
+    traced = isinstance(key, jax.core.Tracer)  # within another program, which has the options
+    variables = _init(model, shape, key) if traced else _compiled_init(model, shape)(key)
     collections = {name: tree for name, tree in variables.items() if name not in ("params", "perturbations")}
     channels = images.shape[-1]
     collections[STANDARDISE] = {"mean": jnp.zeros(channels), "std": jnp.ones(channels)}

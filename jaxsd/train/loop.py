@@ -363,7 +363,7 @@ def _evaluation(objective: Objective, mesh: Mesh | None, grid: Grid | None) -> C
         loss, (metrics, _) = objective.loss(params, extra, batch, jax.random.key(0), train=False)
         return {"loss": loss, **metrics}
 
-    return jax.jit(evaluate)
+    return jax.jit(evaluate, compiler_options=compiler_options())
 
 
 def evaluate(

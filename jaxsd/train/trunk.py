@@ -25,6 +25,7 @@ from jaxsd.data.source import Grid
 from jaxsd.errors import RunError, UserError
 from jaxsd.objectives.objective import Objective
 from jaxsd.train.loop import Stop, data_mesh, gather, spread
+from jaxsd.tuning import compiler_options
 from jaxsd.workdir import log, read_json, write_json
 
 Tree = Any
@@ -107,7 +108,7 @@ def _compiled(objective: Objective, mesh: Mesh | None, grid: Grid | None) -> Cal
     def features(params: Tree, extra: Tree, data: Tree, rows: jax.Array, mask: jax.Array) -> Tree:
         return objective.trunk(params, extra, gather(data, rows, mask, mesh, grid)["image"])  # type: ignore[misc]
 
-    return jax.jit(features)
+    return jax.jit(features, compiler_options=compiler_options())
 
 
 def _is_shape(part: Any) -> bool:
