@@ -53,7 +53,7 @@ def trained(run, folder=None, source=SOURCE, **options):
 # what it begins with
 
 
-def test_the_next_scale_begins_with_what_the_last_ended_with():
+def test_the_next_scale_begins_with_what_the_last_ended_with(plain):
     """The first forward pass on the larger images is that of the carried weights, bit for bit; only the head is new."""
     network = {"depths": (1, 1), "widths": (4, 4)}
     source = source_of(6, side=12)
@@ -79,7 +79,7 @@ def test_the_next_scale_begins_with_what_the_last_ended_with():
     same(found, outputs(model, parent.params, parent.extra).features)
 
 
-def test_positions_are_fitted_to_larger_images():
+def test_positions_are_fitted_to_larger_images(plain):
     """A transformer goes on at twice the resolution: only the position table changes, and the account says so."""
     form = {"width": 8, "depth": 1, "heads": 2, "patch": 4}
     source = source_of(6, side=16)
