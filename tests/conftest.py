@@ -23,6 +23,7 @@ from jaxsd.models.conv import plain_convolutions
 jax.config.update("jax_num_cpu_devices", 8)
 CACHE = Path(tempfile.gettempdir(), f"jaxsd-tests-{getpass.getuser()}")
 tuning.cache_compilation(CACHE)
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)  # small programs are compiled as fast as written
 
 
 def pytest_collection_finish():
