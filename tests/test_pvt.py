@@ -150,20 +150,20 @@ def test_bfloat16_is_near_and_remat_gives_the_same_gradients():
     params, collections = filled(model, 32)
     images = pictures(32)
 
-    def outputs(dtype):
+    def outputs(params, dtype):
         return forward(model.clone(dtype=dtype), params, collections, images, train=False)
 
-    def gradient(remat):
+    def gradient(params, remat):
         def total(params):
             network, key = model.clone(remat=remat), jax.random.key(0)
             return jnp.square(forward(network, params, collections, images, train=True, key=key).outputs).mean()
 
         return jax.grad(total)(params)
 
-    a, b = jax.jit(lambda: (outputs(jnp.float32), outputs(jnp.bfloat16)))()
+    a, b = jax.jit(lambda p: (outputs(p, jnp.float32), outputs(p, jnp.bfloat16)))(params)
     assert b.features["block2"].dtype == jnp.bfloat16 and b.outputs.dtype == b.features["pooled"].dtype == jnp.float32
     assert 0 < np.abs(a.outputs - b.outputs).max() < 0.1 * np.abs(a.outputs).max()
-    plain, again = jax.jit(lambda: (gradient(False), gradient(True)))()
+    plain, again = jax.jit(lambda p: (gradient(p, False), gradient(p, True)))(params)
     largest = max(float(np.abs(leaf).max()) for leaf in jax.tree.leaves(plain))
     for one, other in zip(jax.tree.leaves(plain), jax.tree.leaves(again), strict=True):
         np.testing.assert_allclose(one, other, rtol=1e-3, atol=1e-5 * largest)
