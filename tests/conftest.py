@@ -2,6 +2,7 @@
 
 import gc
 import getpass
+import logging
 import os
 import tempfile
 from pathlib import Path
@@ -42,6 +43,12 @@ def devices(monkeypatch):
 
     use(1)
     return use
+
+
+@pytest.fixture(autouse=True)
+def heard():
+    """A run in an earlier test keeps the log from the root; set amid a test, pytest would hear every line twice."""
+    logging.getLogger("jaxsd").propagate = True
 
 
 @pytest.fixture
