@@ -189,10 +189,15 @@ def start_log(path: Path | None) -> None:
 
 def tensorboard(folder: Path) -> Callable[[dict[str, Any]], None]:
     """A function that writes an epoch's numbers as TensorBoard events, where tensorboardX is installed."""
+    if "torch" not in sys.modules:  # tensorboardX would load it, for seconds, though only numbers are written
+        sys.modules["torch"] = None  # type: ignore[assignment]
     try:
         from tensorboardX import SummaryWriter
     except ImportError:
         return lambda entry: None
+    finally:
+        if sys.modules["torch"] is None:
+            del sys.modules["torch"]
     writer = SummaryWriter(str(folder), write_to_disk=True)
 
     def write(entry: dict[str, Any]) -> None:

@@ -1,6 +1,8 @@
 """Eight CPU devices, of which the training loop finds one unless a test asks for more; compiled programs are kept."""
 
+import gc
 import getpass
+import logging
 import os
 import tempfile
 from pathlib import Path
@@ -10,6 +12,7 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ["XLA_FLAGS"] = (
     os.environ.get("XLA_FLAGS", "")
     + " --xla_backend_optimization_level=0 --xla_cpu_opt_preset=FAST_COMPILE --xla_cpu_use_fusion_emitters=false"
+    + " --xla_cpu_parallel_codegen_split_count=1"
 )
 
 import jax
@@ -21,6 +24,14 @@ from jaxsd.models.conv import plain_convolutions
 jax.config.update("jax_num_cpu_devices", 8)
 CACHE = Path(tempfile.gettempdir(), f"jaxsd-tests-{getpass.getuser()}")
 tuning.cache_compilation(CACHE)
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)  # small programs are compiled as fast as written
+
+
+def pytest_collection_finish():
+    """What has been imported stays: the garbage collector, which a heap of traced programs keeps busy, passes it by."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(20_000, 20, 20)
 
 
 @pytest.fixture(autouse=True)
@@ -32,6 +43,12 @@ def devices(monkeypatch):
 
     use(1)
     return use
+
+
+@pytest.fixture(autouse=True)
+def heard():
+    """A run in an earlier test keeps the log from the root; set amid a test, pytest would hear every line twice."""
+    logging.getLogger("jaxsd").propagate = True
 
 
 @pytest.fixture

@@ -9,7 +9,6 @@ import pytest
 import tensorflow_datasets
 from array_record.python.array_record_module import ArrayRecordReader
 from PIL import Image
-from tensorboardX.record_writer import RecordWriter
 
 from jaxsd.data import digits, tfds
 from jaxsd.data.embedded import photograph
@@ -99,6 +98,8 @@ def prepared(tmp_path_factory):
 
 def as_tfrecord(place, to, name):
     """A prepared set with the same records in tfrecord files, which TFDS itself writes with TensorFlow only."""
+    from tensorboardX.record_writer import RecordWriter  # here: it loads PyTorch, where that is installed
+
     shutil.copytree(place / name, to / name)
     folder = to / name / "1.0.0"
     for path in folder.glob("*.array_record*"):

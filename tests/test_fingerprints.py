@@ -40,6 +40,13 @@ def begun(config, workdir):
     return {"/".join(run.path): run.folder(workdir) / "stage.json" for run in runs}
 
 
+@pytest.fixture(scope="module")
+def workdir(root, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("begun") / "run"
+    begun(config_for(root), folder)
+    return folder
+
+
 def said(config, workdir):
     """What the check says of a workdir, empty where it fits."""
     experiment, cells = experiment_of(config, workdir)
@@ -75,9 +82,9 @@ CHANGES = {  # what is done to the folder: what then differs
 
 
 @pytest.mark.parametrize("change", CHANGES)
-def test_what_a_change_of_the_data_changes(root, tmp_path, change):
+def test_what_a_change_of_the_data_changes(root, workdir, tmp_path, change):
     """Each image counts with its name, which the predictions give and the order comes from; where it lies does not."""
-    begun(config_for(root), tmp_path / "run")
+    shutil.copytree(workdir, tmp_path / "run")
     harm, words = CHANGES[change]
     copy = tmp_path / "elsewhere"
     shutil.copytree(root, copy)

@@ -12,6 +12,7 @@ from conftest import CACHE
 
 from jaxsd import build, command, main, report, tuning
 from jaxsd.errors import UserError
+from jaxsd.train import loop
 
 ROOT = Path(__file__).parents[1]
 TINY = "--config=configs/scalenet.py:tiny"
@@ -83,7 +84,8 @@ def test_the_allocator_is_left_alone_where_that_is_asked(monkeypatch):
     assert called == ["run", "tuned", "run"]
 
 
-def test_a_whole_run_and_what_follows(tmp_path):
+def test_a_whole_run_and_what_follows(tmp_path, monkeypatch, capfd):
+    """The first as a process of its own, what follows by the same function in this one, which has JAX loaded."""
     flags = [TINY, "--only=scratch,scalenet", "--config.seeds=(0,)", "--config.attention=True", f"--workdir={tmp_path}"]
     done = run(*flags)
     assert done.returncode == 0, done.stderr
@@ -104,14 +106,23 @@ def test_a_whole_run_and_what_follows(tmp_path):
     assert (tmp_path / "attention.png").stat().st_size > 10_000
     stages = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("done.json")}
 
-    again = run(*flags)  # nothing is trained, the table is the same
-    assert again.returncode == 0 and again.stdout == done.stdout
+    monkeypatch.setenv("XDG_CACHE_HOME", str(CACHE))
+    monkeypatch.setattr(command, "stop_on_signals", lambda signals: loop.Stop())
+    monkeypatch.chdir(ROOT)
+
+    def here(*more):
+        capfd.readouterr()
+        status = main.main(["main", "--notune", *flags, *more])
+        return status, *capfd.readouterr()
+
+    status, shown, said = here()  # nothing is trained, the table is the same
+    assert status == 0 and shown == done.stdout.replace("; 1 x cpu", "; 8 x cpu"), said
     assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("done.json")} == stages
 
-    other = run(*flags, "--config.stages.finetune.schedule.rate=0.02")
-    assert other.returncode == 2 and "rate: 0.05 -> 0.02" in other.stderr and "--reuse" in other.stderr
+    status, _, said = here("--config.stages.finetune.schedule.rate=0.02")
+    assert status == 2 and "rate: 0.05 -> 0.02" in said and "--reuse" in said
 
-    reused = run(*flags, "--config.stages.finetune.schedule.rate=0.02", "--reuse")
-    assert reused.returncode == 0, reused.stderr
+    status, _, said = here("--config.stages.finetune.schedule.rate=0.02", "--reuse")
+    assert status == 0, said
     changed = {path for path in tmp_path.rglob("done.json") if path.stat().st_mtime_ns != stages[path]}
     assert {path.parent.parent.name for path in changed} == {"finetune"}

@@ -1,6 +1,7 @@
 """A step that gives infinity or NaN: kept bit for bit, found again, its cause named."""
 
 import json
+import os
 import subprocess
 import sys
 import weakref
@@ -11,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import CACHE
 from small import KEY, OBJECTIVE, SGD, Small, batch_of, plan_of, same, source_of, state_of
 from test_interruptions import flip_horizontal_once, run_in
 
@@ -199,7 +201,8 @@ def test_a_run_that_stops_and_its_replay(tmp_path, capsys):
     """A rate far too high: status 1 and one line, then the command of that line finds the step and its images."""
     flags = ["--config=configs/scalenet.py:tiny", "--only=scalenet", "--config.seeds=(0,)"]
     command = [sys.executable, "-m", "jaxsd.main", *flags, "--config.stages.half.schedule.rate=1e30"]
-    done = subprocess.run([*command, f"--workdir={tmp_path}"], cwd=ROOT, capture_output=True, text=True)
+    kept = {**os.environ, "XDG_CACHE_HOME": str(CACHE)}
+    done = subprocess.run([*command, f"--workdir={tmp_path}"], cwd=ROOT, env=kept, capture_output=True, text=True)
     assert done.returncode == 1
     line = done.stderr.splitlines()[-1]
     folder = tmp_path / "stages/original/half/seed0"

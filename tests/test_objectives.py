@@ -153,7 +153,8 @@ def test_regression_does_not_depend_on_the_unit_of_the_scores():
         objective = objectives.regression(Dense(1), scale=100.0 * factor, loss="huber")
         params, extra = objective.init(KEY, batch)
         given = {**batch, "score": factor * batch["score"]}
-        (loss, (metrics, _)), gradient = jax.value_and_grad(objective.loss, has_aux=True)(params, extra, given, KEY)
+        step = jax.jit(jax.value_and_grad(objective.loss, has_aux=True))
+        (loss, (metrics, _)), gradient = step(params, extra, given, KEY)
         results.append((loss, metrics["mae"] / factor, gradient))
     close(*results)
 

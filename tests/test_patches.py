@@ -237,9 +237,9 @@ def test_augmented_images_have_no_fixed_trunk(first, monkeypatch):
 
 def test_a_ladder_is_measured_by_scene_and_by_image(tmp_path):
     source = source_of(count=40)
-    long = {"epochs": 30}
+    long = {"epochs": 30, "batch_size": 32}
     one, two = (dataclasses.replace(stage, **long) for stage in (FIRST, SECOND))
-    full = dataclasses.replace(step_of("scratch", 2, 16), match=("patch8", "patch16"))
+    full = dataclasses.replace(step_of("scratch", 2, 16), batch_size=32, match=("patch8", "patch16"))
     recipe = Recipe(
         name="ladder",
         arms={"statistics": (), "scratch": (full,), "patch8": (one,), "patch16": (one, two)},

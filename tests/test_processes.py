@@ -30,6 +30,7 @@ OPTIONS = [f"--config.{name}={value}" for name, value in LONG.items()]
 FLAGS = ("--config=configs/scalenet.py:tiny", "--only=scratch", *OPTIONS)
 STAGE = "stages/original/few/finetune/seed0"
 WITHIN = 60  # seconds in which a process notices that another is gone
+NOTICED_SOON = "import sys; from jaxsd import main, processes; processes.SILENCE = 12; sys.exit(main.main(sys.argv))"
 
 
 def config_of(**changes):
@@ -50,16 +51,16 @@ def entries(workdir):
 
 
 class Pair:
-    """Two processes of two devices each that train together."""
+    """Two processes of two devices each that train together; `program`: what they run, as Python is told it."""
 
-    def __init__(self, workdir):
+    def __init__(self, workdir, program=("-m", "jaxsd.main")):
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             address = f"127.0.0.1:{free.getsockname()[1]}"
         flags = [*FLAGS, f"--workdir={workdir}", f"--coordinator={address}", "--processes=2"]
         self.children = [
             subprocess.Popen(
-                [sys.executable, "-m", "jaxsd.main", *flags, f"--process={i}"],
+                [sys.executable, *program, *flags, f"--process={i}"],
                 cwd=ROOT,
                 env=KEPT,
                 stderr=subprocess.PIPE,
@@ -91,7 +92,7 @@ def test_two_processes_train_as_one(tmp_path, devices, monkeypatch):
     How long it takes until a process is missed is used for the rest.
     """
     together, stopped, alone = tmp_path / "together", tmp_path / "stopped", tmp_path / "alone"
-    first = Pair(together)
+    first = Pair(together, ("-c", NOTICED_SOON))
     first.signal_second(signal.SIGKILL)
 
     second = Pair(stopped)

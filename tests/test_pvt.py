@@ -84,7 +84,7 @@ def test_start():
         outputs, _ = model.apply({"params": params}, images, False)
         return {name: params[name] for name in ("stem", "head")}, params["block3"]["unit1"], outputs
 
-    ends, unit, outputs = jax.jit(draw)(jax.random.key(3))
+    ends, unit, outputs = jax.tree.map(np.asarray, jax.jit(draw)(jax.random.key(3)))
     attention, mlp = unit["attention"], unit["mlp"]
     dense = (ends["head"], attention["query"], attention["keyvalue"], attention["project"], mlp["expand"])
     for layer in dense:
@@ -102,7 +102,7 @@ def test_start():
 def test_attention_by_hand():
     layer = Attention(heads=2, reduction=2, linear=False)
     x = pictures(4, 1, 6)
-    params = layer.init(jax.random.key(0), x)["params"]
+    params = jax.eval_shape(layer.init, jax.random.key(0), x)["params"]
     rng = np.random.default_rng(0)
     params = jax.tree.map(lambda leaf: 0.5 * rng.standard_normal(leaf.shape, np.float32), params)
     small = (
@@ -119,7 +119,8 @@ def test_attention_by_hand():
         weights = np.exp(q[:, part] @ kv[:, :6][:, part].T / 3**0.5)
         heads.append(weights / weights.sum(1, keepdims=True) @ kv[:, 6:][:, part])
     expected = np.concatenate(heads, 1) @ params["project"]["kernel"] + params["project"]["bias"]
-    np.testing.assert_allclose(layer.apply({"params": params}, x)[0].reshape(16, 6), expected, rtol=1e-4, atol=1e-4)
+    found = np.asarray(jax.jit(layer.apply)({"params": params}, x))[0]
+    np.testing.assert_allclose(found.reshape(16, 6), expected, rtol=1e-4, atol=1e-4)
 
 
 def test_paths_drop_more_often_from_unit_to_unit():
@@ -149,20 +150,20 @@ def test_bfloat16_is_near_and_remat_gives_the_same_gradients():
     params, collections = filled(model, 32)
     images = pictures(32)
 
-    def outputs(dtype):
+    def outputs(params, dtype):
         return forward(model.clone(dtype=dtype), params, collections, images, train=False)
 
-    def gradient(remat):
+    def gradient(params, remat):
         def total(params):
             network, key = model.clone(remat=remat), jax.random.key(0)
             return jnp.square(forward(network, params, collections, images, train=True, key=key).outputs).mean()
 
         return jax.grad(total)(params)
 
-    a, b = jax.jit(lambda: (outputs(jnp.float32), outputs(jnp.bfloat16)))()
+    a, b = jax.jit(lambda p: (outputs(p, jnp.float32), outputs(p, jnp.bfloat16)))(params)
     assert b.features["block2"].dtype == jnp.bfloat16 and b.outputs.dtype == b.features["pooled"].dtype == jnp.float32
     assert 0 < np.abs(a.outputs - b.outputs).max() < 0.1 * np.abs(a.outputs).max()
-    plain, again = jax.jit(lambda: (gradient(False), gradient(True)))()
+    plain, again = jax.jit(lambda p: (gradient(p, False), gradient(p, True)))(params)
     largest = max(float(np.abs(leaf).max()) for leaf in jax.tree.leaves(plain))
     for one, other in zip(jax.tree.leaves(plain), jax.tree.leaves(again), strict=True):
         np.testing.assert_allclose(one, other, rtol=1e-3, atol=1e-5 * largest)

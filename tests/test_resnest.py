@@ -24,7 +24,7 @@ def test_shares_of_split_attention():
     """Equal halves come out as they are, whatever the attention; without attention the halves are averaged."""
     layer = SplitAttention(6)
     x = jnp.asarray(pictures(5, 2, 8))
-    variables = jax.jit(lambda: layer.init(jax.random.key(0), x, False))()
+    variables = jax.jit(lambda key: layer.init(key, x, False))(jax.random.key(0))
     run = jax.jit(lambda variables, x: layer.apply(variables, x, False))
     kernel = variables["params"]["splits"]["conv"]["kernel"]
     assert kernel.shape == (3, 3, 4, 12)  # each half of the features sees half of the channels
@@ -73,7 +73,7 @@ def test_start():
     """timm's: He's draw by fan out, PyTorch's biases, and the last scale of each unit zero (or one, if asked)."""
     unit = Unit(64)
     x = jnp.zeros((1, 2, 2, 128))
-    params = jax.jit(lambda: unit.init(jax.random.key(1), x, False)["params"])()
+    params = jax.jit(lambda key: unit.init(key, x, False)["params"])(jax.random.key(1))
     attention = params["layer2"]
     for kernel, fan_out in (
         (params["layer1"]["conv"]["kernel"], 64),
@@ -87,7 +87,8 @@ def test_start():
         assert 0.85 * fan_in**-0.5 < np.abs(bias).max() <= fan_in**-0.5
     assert (params["layer3"]["norm"]["scale"] == 0).all() and (params["shortcut"]["norm"]["scale"] == 1).all()
     assert (attention["splits"]["norm"]["scale"] == 1).all() and (params["layer3"]["norm"]["bias"] == 0).all()
-    other = jax.jit(lambda: Unit(64, zero_init_residual=False).init(jax.random.key(1), x, False)["params"])()
+    ones = Unit(64, zero_init_residual=False)
+    other = jax.jit(lambda key: ones.init(key, x, False)["params"])(jax.random.key(1))
     assert (other["layer3"]["norm"]["scale"] == 1).all()
 
 
@@ -113,7 +114,7 @@ def test_drop_path_grows_with_the_unit_and_drops_whole_branches():
     assert rates == pytest.approx([0, 0.45, 0.9])
     unit = Unit(4, zero_init_residual=False, drop_path=0.5)
     x = jnp.asarray(np.abs(pictures(6, 16, 16)))
-    variables = jax.jit(lambda: unit.init(jax.random.key(0), x, False))()
+    variables = jax.jit(lambda key: unit.init(key, x, False))(jax.random.key(0))
     run = jax.jit(lambda key: unit.apply(variables, x, True, rngs={"dropout": key}, mutable=["batch_stats"])[0])
     dropped = (run(jax.random.key(2)) == x).all((1, 2, 3))
     assert 2 < dropped.sum() < 14
@@ -140,5 +141,5 @@ def test_a_fresh_unit_is_its_shortcut():
     """With the last scale at zero, a unit without a projection changes nothing."""
     unit = Unit(4)
     x = jnp.asarray(np.abs(pictures(5, 2, 16)))
-    variables = jax.jit(lambda: unit.init(jax.random.key(0), x, False))()
+    variables = jax.jit(lambda key: unit.init(key, x, False))(jax.random.key(0))
     np.testing.assert_array_equal(jax.jit(lambda v: unit.apply(v, x, False))(variables), x)

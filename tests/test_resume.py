@@ -15,7 +15,16 @@ from pathlib import Path
 
 import pytest
 
+from jaxsd import objectives
+from jaxsd.aggregate import aggregate
 from jaxsd.check import compare
+from jaxsd.data.embedded import digits
+from jaxsd.measure import measure
+from jaxsd.recipe import Experiment, Recipe
+from jaxsd.stage import Stage
+from jaxsd.train import optimiser, schedule
+from jaxsd.views.augment import flip_horizontal
+from jaxsd.workdir import write_json
 
 ROOT = Path(__file__).parents[1]
 WRITES = ("os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.link", "os.truncate")
@@ -23,17 +32,7 @@ WRITES = ("os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.link", "os.trunc
 
 def train_all(folder):
     """Two pretext stages, a task with a frozen part and validation, each state saved; the summary at the end."""
-    from small import Small
-
-    from jaxsd import objectives
-    from jaxsd.aggregate import aggregate
-    from jaxsd.data.embedded import digits
-    from jaxsd.measure import measure
-    from jaxsd.recipe import Experiment, Recipe
-    from jaxsd.stage import Stage
-    from jaxsd.train import optimiser, schedule
-    from jaxsd.views.augment import flip_horizontal
-    from jaxsd.workdir import write_json
+    from small import Small  # it starts a backend of jax
 
     def stage_of(name, model, objective, **options):
         tx, rates = optimiser.with_rate(optimiser.adam()), schedule.cosine(0.01)

@@ -9,7 +9,10 @@ import logging
 import os
 import platform
 import shutil
+import struct
+import sys
 import threading
+import time
 
 import jax
 import numpy as np
@@ -26,7 +29,7 @@ from jaxsd.models.vit import resize_positions
 from jaxsd.stage import Run, Stage, check_folder, done, plan_of, restore, run_stage, start
 from jaxsd.train import loop, optimiser, schedule
 from jaxsd.views.view import scale
-from jaxsd.workdir import locked, write_json
+from jaxsd.workdir import locked, tensorboard, write_json
 
 SOURCE = source_of(10)
 STANDARD = standardisation(SOURCE)
@@ -53,7 +56,7 @@ def trained(run, folder=None, source=SOURCE, **options):
 # what it begins with
 
 
-def test_the_next_scale_begins_with_what_the_last_ended_with():
+def test_the_next_scale_begins_with_what_the_last_ended_with(plain):
     """The first forward pass on the larger images is that of the carried weights, bit for bit; only the head is new."""
     network = {"depths": (1, 1), "widths": (4, 4)}
     source = source_of(6, side=12)
@@ -79,7 +82,7 @@ def test_the_next_scale_begins_with_what_the_last_ended_with():
     same(found, outputs(model, parent.params, parent.extra).features)
 
 
-def test_positions_are_fitted_to_larger_images():
+def test_positions_are_fitted_to_larger_images(plain):
     """A transformer goes on at twice the resolution: only the position table changes, and the account says so."""
     form = {"width": 8, "depth": 1, "heads": 2, "patch": 4}
     source = source_of(6, side=16)
@@ -195,6 +198,27 @@ def test_files_of_a_stage(tmp_path):
     same(found, trained(run))  # without a folder: the same bits
     same(restore(run, SOURCE, tmp_path), found)
     assert check_folder(run, tmp_path) == []
+
+
+def test_numbers_go_to_tensorboard(tmp_path):
+    """Event by event, each framed by its length and two checksums; PyTorch is not loaded for it."""
+    loaded, found = "torch" in sys.modules, []
+    write = tensorboard(tmp_path)
+    from tensorboardX.proto.event_pb2 import Event
+
+    assert ("torch" in sys.modules) == loaded
+    for _ in range(1000):  # a thread of its own writes the file
+        write({"step": 3, "epoch": 1, "split": "train", "loss": 0.5})
+        (path,) = tmp_path.iterdir()
+        content = path.read_bytes()
+        while content:
+            (size,) = struct.unpack("<Q", content[:8])
+            event, content = Event.FromString(content[12 : 12 + size]), content[16 + size :]
+            found += [(event.step, value.tag, value.simple_value) for value in event.summary.value]
+        if found:
+            break
+        time.sleep(0.01)
+    assert set(found) == {(3, "train/loss", 0.5)}
 
 
 def test_a_finished_stage_is_not_trained_again(tmp_path):

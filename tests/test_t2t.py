@@ -1,5 +1,7 @@
 """T2T-ViT beyond what golden values show: windows, fixed tensors, performers, starts, dropout, errors."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -43,12 +45,13 @@ def run(model, images, train=False, seed=0, side=None):
 @pytest.mark.parametrize("window, sides", [((7, 4, 2), (12, 17)), ((3, 2, 1), (5, 8))])
 def test_unfold_is_channel_major(window, sides):
     """Column c k k + i k + j is channel c at row i and column j of the window."""
-    x = jnp.arange(2.0 * sides[0] * sides[1] * 2).reshape(2, *sides, 2) + 1
+    x = np.arange(2 * sides[0] * sides[1] * 2, dtype=np.float32).reshape(2, *sides, 2) + 1
     size_, stride, padding = window
     dims = ("NHWC", "HWIO", "NHWC")
     pads = [(padding, padding)] * 2
-    expected = jax.lax.conv_general_dilated_patches(x, (size_,) * 2, (stride,) * 2, pads, dimension_numbers=dims)
-    found = unfold(x, window)
+    patches = functools.partial(jax.lax.conv_general_dilated_patches, dimension_numbers=dims)
+    expected = jax.jit(lambda x: patches(x, (size_,) * 2, (stride,) * 2, pads))(x)
+    found = jax.jit(unfold, static_argnums=1)(x, window)
     np.testing.assert_array_equal(found, expected)
     middle = np.asarray(found)[1, 1, 1].reshape(2, size_, size_)
     start = stride - padding

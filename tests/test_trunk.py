@@ -77,7 +77,7 @@ def test_trunk_then_rest_is_all(model, cut, side):
         assert all(jax.tree.leaves(changed)) == any(jax.tree.leaves(changed)) == (part not in model.prefix)
 
 
-def test_trunk_is_what_the_parts_show():
+def test_trunk_is_what_the_parts_show(plain):
     params, collections, images = setting(PATCHES, 16)
 
     def known(*frozen):
@@ -127,7 +127,7 @@ def test_all_processes_keep_the_features_where_the_first_does(monkeypatch):
     same(found.feed(np.arange(3)), own.features)
 
 
-def test_an_objective_takes_the_trunk():
+def test_an_objective_takes_the_trunk(plain):
     batch = batch_of(4, side=16, channels=3)
     batch["score"] = 100 * batch["image"].mean((1, 2, 3))
     frozen = PATCHES.clone(frozen=("block1", "block2"))
@@ -135,11 +135,11 @@ def test_an_objective_takes_the_trunk():
         params, extra = objective.init(KEY, batch)
         known = jax.jit(objective.trunk)(params, extra, batch["image"])
         assert known.shape == (4, 4 * 4 * 6)
-        plain, quick = (
+        whole, quick = (
             jax.jit(objective.loss)(params, extra, given, KEY) for given in (batch, {**batch, "trunk": known})
         )
-        same(quick, plain)
+        same(quick, whole)
         elsewhere = {**batch, "image": jnp.zeros_like(batch["image"]), "trunk": known}
-        same(jax.jit(objective.loss)(params, extra, elsewhere, KEY), plain)
+        same(jax.jit(objective.loss)(params, extra, elsewhere, KEY), whole)
     assert objectives.supervised(PATCHES).trunk is objectives.regression(PATCHES.clone(outputs=1)).trunk is None
     assert objectives.rotation(frozen.clone(outputs=4)).trunk is None  # it turns the images first

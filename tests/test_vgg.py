@@ -92,7 +92,7 @@ def test_start_of_vgg():
 
     def start(init):
         model = small(widths=(32, 64), pool=4, hidden=(50,), outputs=40, start=init)
-        return jax.jit(lambda: model.init(jax.random.key(0), images, False)["params"])()
+        return jax.jit(lambda key: model.init(key, images, False)["params"])(jax.random.key(0))
 
     ours, keras = start("torchvision"), start("keras")
     conv = ours["block2"]["layer2"]["conv"]

@@ -102,7 +102,7 @@ def test_exact_number_of_parameters_at_other_resolutions(name, counts):
 
 def test_start():
     model = models.build("deit_tiny", outputs=300).clone(depth=1)
-    params = jax.jit(lambda: model.init(KEY, jnp.zeros((1, 224, 224, 3)), False)["params"])()
+    params = jax.jit(lambda key: model.init(key, jnp.zeros((1, 224, 224, 3)), False)["params"])(KEY)
     block = params["block1"]
     kernels = [block["attn"]["qkv"], block["attn"]["proj"], block["mlp"]["fc1"], block["mlp"]["fc2"], params["head"]]
     for leaf in (*(layer["kernel"] for layer in kernels), params["embed"]["positions"], params["embed"]["class_token"]):
