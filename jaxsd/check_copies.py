@@ -82,7 +82,7 @@ def warnings(parts: Mapping[str, Source], copies: Sequence[Copy]) -> list[str]:
 def listing(parts: Mapping[str, Source], copies: Sequence[Copy]) -> list[str]:
     """The first copies by name, one a line, after an empty line and a heading that says how many there are."""
     if not copies:
-        return []
+        return ["", "copies: none"]
     some = f"the first {LISTED} of {len(copies):,}" if len(copies) > LISTED else str(len(copies))
     lines = []
     for copy in copies[:LISTED]:

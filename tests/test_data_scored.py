@@ -172,7 +172,7 @@ def test_listed_names_from_another_system(tmp_path):
         ("file,score\n0.png,1\n7.png,3", "1 of 2 files that .*t.csv names are not in .*: 7.png; add them"),
         ("file,score\n" + "\n".join(f"{n}.png,1" for n in range(9)), "7 of 9 .* 2.png, 3.png, .*, 6.png and 2 more"),
         ("file,score\ndeep,1", "1 of 1 files .*: deep"),
-        ("file,score\nbad.png,1", r"1 images in .* cannot be read: bad.png \(no image of a known format\)"),
+        ("file,score\nbad.png,1", r"1 image in .* cannot be read: bad.png \(no image of a known format\)"),
         (b"file,score\n\xff.png,1", "t.csv is no readable CSV file .* save it as UTF-8 text"),
     ],
 )

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple, cast
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.core import Tracer
 
 from jaxsd.models.conv import plain_convolutions
 from jaxsd.tuning import compiler_options
@@ -45,7 +46,7 @@ def initialise(model: nn.Module, key: jax.Array, images: jax.Array) -> tuple[Tre
     module has them, and `standardise` with mean 0 and deviation 1, to be replaced by the training set's.
     """
     shape = (1, *images.shape[1:])
-    traced = isinstance(key, jax.core.Tracer)  # within another program, which has the options
+    traced = isinstance(key, Tracer)  # within another program, which has the options
     variables = _init(model, shape, key) if traced else _compiled_init(model, shape)(key)
     collections = {name: tree for name, tree in variables.items() if name not in ("params", "perturbations")}
     channels = images.shape[-1]

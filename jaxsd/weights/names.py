@@ -3,6 +3,7 @@
 import math
 import os
 import re
+import uuid
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -68,7 +69,7 @@ def save(path: str | Path, model: Backbone, params: Tree, collections: Tree) -> 
     path = Path(path)
     tensors = {name: np.ascontiguousarray(value) for name, value in to_timm(model, params, collections).items()}
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
     safetensors.numpy.save_file(tensors, temporary, metadata={"format": "pt"})
     os.replace(temporary, path)
 
