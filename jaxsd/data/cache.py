@@ -34,8 +34,8 @@ def read_images(
     skipped = _named(entries, decoded.bad)
     if skipped and on_bad_image == "error":
         raise UserError(
-            f"{len(skipped)} image{'s' if len(skipped) > 1 else ''} in {root} cannot be read: {_some(skipped)}; repair or remove what is named, or "
-            "leave it out with on_bad_image='skip' (--config.data.on_bad_image=skip)"
+            f"{len(skipped)} image{'s' if len(skipped) > 1 else ''} in {root} cannot be read: {_some(skipped)}; "
+            "repair or remove what is named, or leave it out with on_bad_image='skip' (--config.data.on_bad_image=skip)"
         )
     if doubts := _named(entries, decoded.doubts):
         logging.getLogger(__name__).warning(
