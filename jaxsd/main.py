@@ -135,7 +135,8 @@ def read(argv: list[str]) -> tuple[dict[str, Any], flags.FlagValues]:
     if path is None:
         raise UserError("--config is missing: for example --config=configs/scalenet.py")
     if not Path(path.split(":")[0]).is_file():
-        raise UserError(f"--config: there is no file {path.split(':')[0]}: for example --config=configs/scalenet.py")
+        given = path.split(":")[0]
+        raise UserError(f"--config: there is no file {given} in {Path.cwd()}: give its path, as configs/scalenet.py")
     try:
         alone = defined(argv[:1])
         alone([argv[0], f"--config={path}"])

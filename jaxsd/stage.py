@@ -390,7 +390,7 @@ def _say_beginning(where: str, stage: Stage, viewed: Source, plan: loop.Plan) ->
     height, width, _ = viewed.shape
     what = f"images of {height}x{width}" if viewed.grid is None else f"patches of {height}x{width}"
     shown = f"{len(viewed)} {what}, batch {plan.batch_size}"
-    log.info("%s: %d epochs of %s", where, stage.epochs, shown)
+    log.info("%s: %d epoch%s of %s", where, stage.epochs, "" if stage.epochs == 1 else "s", shown)
     if plan.batch_size < stage.batch_size:
         log.warning("%s: fewer images than a batch: batch size %d, not %d", where, plan.batch_size, stage.batch_size)
     if missed := stage.schedule.unreached(stage.epochs):

@@ -20,20 +20,24 @@ def tune_allocator() -> None:
 
 
 @functools.cache
-def compiler_options(*, once: bool = False) -> dict[str, str | bool]:
+def compiler_options(*, short: bool = False) -> dict[str, str | int]:
     """What `jax.jit(compiler_options=)` is given for networks: on a CPU, that `optimization_barrier` is kept.
 
     XLA there removes barriers before it fuses, and then computes whole residual streams again inside of what reads
-    them. `once`: for a program that runs once, by XLA's older emitters, which compile many small loops in half the
-    time. These names are no stable interface: where this jaxlib does not take the options there are none.
+    them. `short`: for a program that has little to do, which is compiled in a third of the time and runs several times
+    slower. These names are no stable interface: where this jaxlib does not take the options there are none.
     """
     import jax
 
     if jax.default_backend() != "cpu":
         return {}
-    options: dict[str, str | bool] = {"xla_disable_hlo_passes": "cse_barrier_expander"}
-    if once:
-        options["xla_cpu_use_fusion_emitters"] = False
+    options: dict[str, str | int] = {"xla_disable_hlo_passes": "cse_barrier_expander"}
+    if short:
+        options |= {
+            "xla_backend_optimization_level": 0,
+            "xla_cpu_use_fusion_emitters": False,
+            "xla_cpu_parallel_codegen_split_count": 1,
+        }
     try:
         jax.jit(lambda x: x, compiler_options=options).lower(0.0).compile()
     except Exception:  # whatever a compiler of another version says

@@ -1,7 +1,6 @@
 """The network families: exact counts and maps, what each costs, what is refused."""
 
 import json
-import sys
 
 import jax
 import jax.numpy as jnp
@@ -214,9 +213,16 @@ def test_costs_are_those_without_remat(name):
     assert size(shapes(again, 64)) == size(shapes(plain, 64))
 
 
-def test_command_prints_the_catalogue(monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["jaxsd.models", "--json"])
-    command.main()
+def test_command_tells_the_options_of_one(capsys):
+    assert command.main(["dsk_resnext50_32x4d"]) == 0
+    said = capsys.readouterr().out
+    assert "  branches=2\n" in said and "  selective=True\n" in said
+    assert command.main(["resnet9"]) == 2
+    assert "unknown model 'resnet9': choose from resnet8" in capsys.readouterr().err
+
+
+def test_command_prints_the_catalogue(capsys):
+    assert command.main(["--json"]) == 0
     rows = json.loads(capsys.readouterr().out)
     by_name = {row["name"]: row for row in rows}
     assert by_name["resnet50"]["parameters"] == 25_557_032

@@ -33,11 +33,13 @@ def flags() -> argparse.ArgumentParser:
     ):
         command = commands.add_parser(name, help=about)
         what.add_flags(command)
-        command.add_argument("--threads", type=int, default=2, help="processor cores that each side may use")
+        command.add_argument(
+            "--threads", type=int, default=min(2, turns.cores()), help="cores that each side may use (%(default)s)"
+        )
         if peer is not None:
             command.add_argument("--against", metavar="PYTHON", help="interpreter that has torch")
             command.add_argument("--peer", type=Path, default=peer, help="the PyTorch script")
-            command.add_argument("--repeats", type=int, default=3, help="runs with each PyTorch setting")
+            command.add_argument("--repeats", type=int, default=3, help="runs with each PyTorch setting (%(default)s)")
     return parser
 
 

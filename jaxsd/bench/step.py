@@ -51,15 +51,15 @@ TABLE = (
 def add_flags(parser: argparse.ArgumentParser) -> None:
     """The options of `bench step`."""
     which = parser.add_mutually_exclusive_group(required=True)
-    which.add_argument("--model")
+    which.add_argument("--model", help="one network of python -m jaxsd.models")
     which.add_argument("--all", action="store_true", help="every network of the table, with --against")
-    parser.add_argument("--resolution", type=int, default=224)
-    parser.add_argument("--batch", type=int, default=32)
-    parser.add_argument("--classes", type=int, default=10)
+    parser.add_argument("--resolution", type=int, default=224, help="side of the images in pixels (%(default)s)")
+    parser.add_argument("--batch", type=int, default=32, help="images a step (%(default)s)")
+    parser.add_argument("--classes", type=int, default=10, help="outputs (%(default)s)")
     parser.add_argument("--stem", choices=("cifar", "imagenet"), help="for networks that have the choice")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
-    parser.add_argument("--steps", type=int, default=10)
-    parser.add_argument("--warmup", type=int, default=2)
+    parser.add_argument("--steps", type=int, default=10, help="timed, one by one (%(default)s)")
+    parser.add_argument("--warmup", type=int, default=2, help="steps before those (%(default)s)")
     parser.add_argument("--cached", action="store_true", help="take compiled programs from the cache")
 
 

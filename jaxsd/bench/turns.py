@@ -40,6 +40,11 @@ class Turns(NamedTuple):
     cold_runs: bool = True
 
 
+def cores() -> int:
+    """How many cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def bind(threads: int) -> None:
     """Keeps this process and its children on the first cores; XLA and torch then have equally many."""
     if threads < 1:

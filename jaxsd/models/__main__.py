@@ -1,7 +1,10 @@
-"""Prints every backbone: `python -m jaxsd.models [--json]`."""
+"""Prints every backbone, or the options of one: `python -m jaxsd.models [NAME] [--json]`."""
 
 import argparse
 import json
+import sys
+
+from jaxsd.errors import UserError
 
 
 def table(rows: list[dict]) -> str:
@@ -18,16 +21,25 @@ def table(rows: list[dict]) -> str:
     return "\n".join([*lines, "for 3 channels and 1,000 outputs; a multiplication and an addition count as 2 FLOPs"])
 
 
-def main() -> None:
-    """Reads the flags, then counts."""
+def main(argv: list[str]) -> int:
+    """Reads the flags, then counts; returns the exit status."""
     parser = argparse.ArgumentParser(prog="python -m jaxsd.models", description="Every backbone and what it costs.")
+    parser.add_argument("name", nargs="?", help="one backbone: its options, with defaults and what they are")
     parser.add_argument("--json", action="store_true", help="print a JSON list instead of a table")
-    flags = parser.parse_args()
-    from jaxsd.models.catalogue import catalogue
+    flags = parser.parse_args(argv)
+    from jaxsd.models.catalogue import catalogue, explained
 
-    rows = catalogue()
-    print(json.dumps(rows) if flags.json else table(rows))
+    try:
+        if flags.name is None:
+            rows = catalogue()
+            print(json.dumps(rows) if flags.json else table(rows))
+        else:
+            print(explained(flags.name))
+        return 0
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main(sys.argv[1:]))

@@ -25,13 +25,25 @@ for _family in FAMILIES:
 DTYPES = ("float32", "bfloat16")
 
 
-def options(name: str) -> tuple[str, ...]:
-    """The options of one backbone beyond those that all have. Raises UserError on an unknown name."""
+def options(name: str) -> dict[str, Any]:
+    """The options of one backbone beyond those that all have, with defaults. Raises UserError on an unknown name."""
     if name not in BACKBONES:
-        nearest = difflib.get_close_matches(name, BACKBONES, len(BACKBONES), 0)
-        raise UserError(f"unknown model {name!r}: choose from {', '.join(nearest)}")
+        nearest = ", ".join(difflib.get_close_matches(name, BACKBONES, 5, 0))
+        raise UserError(f"unknown model {name!r}: choose from {nearest}, ...; python -m jaxsd.models lists all")
     parameters = inspect.signature(BACKBONES[name]).parameters.values()
-    return tuple(p.name for p in parameters if p.kind is p.KEYWORD_ONLY)
+    return {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY}
+
+
+def explained(name: str) -> str:
+    """The options of one backbone with their defaults, and what its family says of them. Raises UserError as above."""
+    lines = [f"{name}: options of its own, beside outputs, resolution, frozen, dtype and remat", ""]
+    lines += [f"  {option}={default!r}" for option, default in options(name).items() if option != "resolution"]
+    made = BACKBONES[name]
+    said = [
+        inspect.getdoc(getattr(made, "func", made)),
+        inspect.getdoc(type(build(name, resolution=RESOLUTIONS[name]))),
+    ]
+    return "\n\n".join(["\n".join(lines), *filter(None, said)])
 
 
 def build(
@@ -48,10 +60,10 @@ def build(
     """A backbone by name: a linen module, called as `model(images, train)` -> (outputs, features).
 
     outputs: number of outputs, 0 for no head. resolution: side in pixels of the full-size images, for families whose
-    form depends on it. stem: "cifar" or "imagenet", for families that have a choice. frozen: top-level parts that run
-    in inference mode. dtype: of the computation, float32 or bfloat16. remat: runs the blocks' units again for their
-    gradients, for less memory. family: the family's own options. Raises UserError on an unknown name (listing the
-    known, nearest first), option or value.
+    form depends on it: ResNets beyond resnet8 need it, or stem: "cifar" (chosen up to 64 pixels) or "imagenet".
+    frozen: top-level parts that run in inference mode. dtype: of the computation, float32 or bfloat16. remat: runs the
+    blocks' units again for their gradients, for less memory. family: the family's own options (`options` lists them).
+    Raises UserError on an unknown name (with the nearest known), option or value.
     """
     valid = options(name)
     if stem is not None:

@@ -17,6 +17,7 @@ from jaxsd.tuning import compiler_options
 
 Tree = Any  # a nested dict of arrays
 
+FEW = 1 << 20  # numbers: to draw them slowly takes 0.2 s, to compile a fast program several seconds
 STANDARDISE = "standardise"  # collection {"mean": [C], "std": [C]}: travels with the model, is never trained
 
 
@@ -36,7 +37,9 @@ def _init(model: nn.Module, shape: tuple[int, ...], key: jax.Array) -> Tree:
 @functools.lru_cache(maxsize=64)
 def _compiled_init(model: nn.Module, shape: tuple[int, ...]) -> Callable[[jax.Array], Tree]:
     """Kept, since every seed and every stage draws anew."""
-    return jax.jit(functools.partial(_init, model, shape), compiler_options=compiler_options(once=True))
+    init = functools.partial(_init, model, shape)
+    numbers = sum(leaf.size for leaf in jax.tree.leaves(jax.eval_shape(init, jax.random.key(0))))
+    return jax.jit(init, compiler_options=compiler_options(short=numbers < FEW))
 
 
 def initialise(model: nn.Module, key: jax.Array, images: jax.Array) -> tuple[Tree, Tree]:

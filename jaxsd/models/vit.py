@@ -281,8 +281,8 @@ def deit(
     of the class token that is dropped in front of the head while training.
     """
     side = 224 if resolution is None else resolution
-    if not 1 <= patch <= side:
-        raise UserError(f"{variant} for images of {side} pixels cannot have patches of {patch}: set patch=")
+    if not isinstance(patch, int) or not 1 <= patch <= side:
+        raise UserError(f"{variant} for images of {side} pixels cannot have patches of {patch!r}: set patch=")
     return VisionTransformer(
         **SIZES[variant], patch=patch, side=side, drop_path=drop_path, head_dropout=dropout, **common
     )

@@ -34,8 +34,6 @@ def export(folder: Path, out: Path) -> str:
     identity = read_json(folder / "stage.json")
     if identity is None or not (folder / "done.json").exists():
         raise UserError(f"{folder} holds no finished stage: give WORKDIR/stages/../seed0")
-    if out.suffix != ".safetensors":
-        raise UserError(f"{out} must end in .safetensors")
     network = identity["stage"]["network"]
     if "trunk" in network:
         raise UserError(f"{folder} holds linear probes: give the stage before them")

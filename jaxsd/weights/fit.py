@@ -12,6 +12,7 @@ from flax import traverse_util
 
 from jaxsd.errors import UserError
 from jaxsd.models.blocks import Backbone
+from jaxsd.models.forward import STANDARDISE
 from jaxsd.models.vit import POSITIONS, resize_positions
 from jaxsd.weights.files import find, read, sha256
 from jaxsd.weights.names import check, kept, published_name, published_shape, renamed, turned_back
@@ -91,7 +92,8 @@ def load(
     is another keeps them too. Names are timm's, torchvision's (of ResNets, VGGs and AlexNet) or Keras' (VGG-16).
     Adapted to the network are: the first convolution to another number of channels (one: the sum over red, green and
     blue; else these over and over, times 3 / channels), position tables to another grid, and for "caffe" blue first to
-    red first. Floats become float32.
+    red first. Floats become float32. A standardisation in `collections` becomes that of the file's network, so that
+    `forward` takes images in [0, 1].
 
     Returns:
       (params, collections, [{"tensor", "action": copied | adapted | fresh | dropped, "shape", "from", "note"}, ..]), a
@@ -123,6 +125,10 @@ def load(
     for name in [name for name in tensors if name not in used]:
         lines.append({"tensor": name, "action": "dropped", "shape": list(tensors[name].shape)})
     tree = traverse_util.unflatten_dict(result)
+    if STANDARDISE in collections:
+        own = collections[STANDARDISE]
+        mean, std = source.standard((own["mean"], own["std"]))
+        tree[STANDARDISE] = {"mean": jnp.asarray(mean), "std": jnp.asarray(std)}
     return tree.pop("params"), {**collections, **tree}, lines
 
 
@@ -165,6 +171,8 @@ def _check_all_found(
         if further := _further_blocks(model, surplus):
             names = ", ".join(map(repr, further))
             shown += f"; the network has fewer blocks than the file: to leave them out, name {names} in `fresh`"
+        if getattr(model, "stem_kind", None) == "cifar" and "conv1.weight" in tensors:
+            shown += "; with stem='imagenet' (--config.model.stem=imagenet) the network has the stem of published ones"
         raise UserError(f"the weights {source.name} do not fit this {type(model).__name__}: {shown}")
 
 

@@ -64,9 +64,12 @@ def check(model: Any) -> Backbone:
 def save(path: str | Path, model: Backbone, params: Tree, collections: Tree) -> None:
     """Writes a network as a safetensors file that timm (AlexNet: torchvision) loads with strict=True.
 
-    The images' standardisation does not belong to it: whoever loads the file has to know it.
+    The images' standardisation does not belong to it: whoever loads the file has to know it. Raises UserError for a
+    path of another kind of file.
     """
     path = Path(path)
+    if path.suffix != ".safetensors":
+        raise UserError(f"{path} must end in .safetensors")
     tensors = {name: np.ascontiguousarray(value) for name, value in to_timm(model, params, collections).items()}
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
