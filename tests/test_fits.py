@@ -157,6 +157,7 @@ def test_published_weights_are_fitted_before_the_first_stage(tmp_path):
     for change, message in (
         (lambda tensors: tensors.pop("layer2.0.conv1.weight"), "'net': the weights .* do not fit .* is missing"),
         (lambda tensors: tensors.update(odd=np.ones(2, "f")), "'net': the weights .* do not fit .*odd has no place$"),
+        (lambda tensors: tensors.update({"conv1.weight": np.ones((4, 3, 7, 7), "f")}), "with stem='imagenet'"),
         (None, None),
     ):
         init = published(tmp_path / "net.safetensors", net, change)

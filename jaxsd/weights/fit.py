@@ -171,7 +171,7 @@ def _check_all_found(
         if further := _further_blocks(model, surplus):
             names = ", ".join(map(repr, further))
             shown += f"; the network has fewer blocks than the file: to leave them out, name {names} in `fresh`"
-        if getattr(model, "stem_kind", None) == "cifar" and "conv1.weight" in tensors:
+        if getattr(model, "stem_kind", None) == "cifar" and any(text.startswith("conv1.weight is [") for text in wrong):
             shown += "; with stem='imagenet' (--config.model.stem=imagenet) the network has the stem of published ones"
         raise UserError(f"the weights {source.name} do not fit this {type(model).__name__}: {shown}")
 
