@@ -134,8 +134,8 @@ def read(argv: list[str]) -> tuple[dict[str, Any], flags.FlagValues]:
     path = _config_path(argv)
     if path is None:
         raise UserError("--config is missing: for example --config=configs/scalenet.py")
-    if not Path(path.split(":")[0]).is_file():
-        given = path.split(":")[0]
+    given = path.split(":")[0]
+    if not Path(given).is_file():
         raise UserError(f"--config: there is no file {given} in {Path.cwd()}: give its path, as configs/scalenet.py")
     try:
         alone = defined(argv[:1])

@@ -188,7 +188,10 @@ def start_log(path: Path | None) -> None:
 
 
 def tensorboard(folder: Path) -> Callable[[dict[str, Any]], None]:
-    """A function that writes an epoch's numbers as TensorBoard events, where tensorboardX is installed."""
+    """A function that writes an epoch's numbers as TensorBoard events, where tensorboardX is installed.
+
+    In this process tensorboardX is then without PyTorch, unless that was loaded before.
+    """
     if "torch" not in sys.modules:  # tensorboardX would load it, for seconds, though only numbers are written
         sys.modules["torch"] = None  # type: ignore[assignment]
     try:
@@ -196,7 +199,7 @@ def tensorboard(folder: Path) -> Callable[[dict[str, Any]], None]:
     except ImportError:
         return lambda entry: None
     finally:
-        if sys.modules["torch"] is None:
+        if sys.modules.get("torch", "") is None:
             del sys.modules["torch"]
     writer = SummaryWriter(str(folder), write_to_disk=True)
 

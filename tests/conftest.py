@@ -24,7 +24,7 @@ from jaxsd.models.conv import plain_convolutions
 jax.config.update("jax_num_cpu_devices", 8)
 CACHE = Path(tempfile.gettempdir(), f"jaxsd-tests-{getpass.getuser()}")
 tuning.cache_compilation(CACHE)
-jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)  # small programs are compiled as fast as written
+KEPT_SECONDS = 0.1  # programs that are compiled faster are not kept: writing them takes as long
 
 
 def pytest_collection_finish():
@@ -46,9 +46,10 @@ def devices(monkeypatch):
 
 
 @pytest.fixture(autouse=True)
-def heard():
-    """A run in an earlier test keeps the log from the root; set amid a test, pytest would hear every line twice."""
+def as_at_first():
+    """What a whole run in an earlier test has set: the log apart from the root, small programs kept too."""
     logging.getLogger("jaxsd").propagate = True
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", KEPT_SECONDS)
 
 
 @pytest.fixture

@@ -141,13 +141,13 @@ def test_what_processes_cannot_train_together_is_found_first(tmp_path, monkeypat
 # published weights
 
 
-def published(path, model, change=None):
+def published(path, model, change=None, standardise="auto"):
     """A file of a network's tensors, changed as asked, as a stage takes it."""
     tensors = weights.to_timm(model, *filled(model, 32, 1))
     if change:
         change(tensors)
     safetensors.numpy.save_file({k: np.ascontiguousarray(v) for k, v in tensors.items()}, path)
-    return weights.published(str(path))
+    return weights.published(str(path), standardise)
 
 
 def test_published_weights_are_fitted_before_the_first_stage(tmp_path):
@@ -160,7 +160,7 @@ def test_published_weights_are_fitted_before_the_first_stage(tmp_path):
         (lambda tensors: tensors.update({"conv1.weight": np.ones((4, 3, 7, 7), "f")}), "with stem='imagenet'"),
         (None, None),
     ):
-        init = published(tmp_path / "net.safetensors", net, change)
+        init = published(tmp_path / "net.safetensors", net, change, "data" if change is None else "auto")
         experiment = Experiment(recipe_of(stage_of("net", net, init=init)), splits, tmp_path / "run")
         if message is None:
             assert experiment.check(list(experiment.cells())) == 1

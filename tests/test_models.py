@@ -217,6 +217,9 @@ def test_command_tells_the_options_of_one(capsys):
     assert command.main(["dsk_resnext50_32x4d"]) == 0
     said = capsys.readouterr().out
     assert "  branches=2\n" in said and "  selective=True\n" in said
+    assert "`lam` and `lam_group` see `Unit`" in said
+    assert command.main(["dsk_resnext50_32x4d", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["pool"] == "average"
     assert command.main(["resnet9"]) == 2
     assert "unknown model 'resnet9': choose from resnet8" in capsys.readouterr().err
 

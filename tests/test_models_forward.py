@@ -1,5 +1,7 @@
 """What networks compute: values computed once by PyTorch, freezing, features, dtypes, the door to linen."""
 
+import functools
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -10,6 +12,7 @@ from flax.traverse_util import flatten_dict
 from test_models import feature_shapes
 
 from jaxsd import models
+from jaxsd.models.blocks import joined
 from jaxsd.models.catalogue import RESOLUTIONS, shapes
 from jaxsd.models.forward import forward, initialise
 from jaxsd.models.norm import BatchNorm
@@ -156,3 +159,36 @@ def test_door_standardises_and_leaves_collections_alone_in_inference():
     assert set(trained) == {"batch_stats", "standardise"}
     assert not any(equal(trained["batch_stats"], collections["batch_stats"]))
     assert all(equal(trained["standardise"], collections["standardise"]))
+
+
+def test_parameters_are_drawn_within_other_programs_too():
+    """Of a key that is known, of one that is traced, and of several at once: the same but for rounding."""
+    model, images = models.ResNet(outputs=3, depths=(1,), widths=(4,)), np.zeros((2, 8, 8, 3), np.float32)
+    keys = jax.random.split(jax.random.key(0), 2)
+    known = jax.tree.leaves(initialise(model, keys[1], images))
+    closed = jax.jit(lambda x: initialise(model, keys[1], x))(images)
+    traced = jax.jit(lambda key: initialise(model, key, images))(keys[1])
+    several = jax.tree.map(lambda x: x[1], jax.vmap(lambda key: initialise(model, key, images))(keys))
+    for other in (closed, traced, several):
+        for a, b in zip(known, jax.tree.leaves(other), strict=True):
+            np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_residual_sum_is_plain_relu(dtype):
+    """Value and both gradients, zeros too, alone, under vmap and within shard_map."""
+    x, y, gradient = (jax.random.normal(jax.random.key(i), (2, 4, 3)).astype(dtype) for i in range(3))
+    y = y.at[0].set(-x[0])  # sums of exactly zero
+
+    def both(sum_of, x, y, gradient):
+        value, back = jax.vjp(sum_of, x, y)
+        return value, *back(gradient)
+
+    wanted = both(lambda x, y: jax.nn.relu(x + y), x, y, gradient)
+    found = functools.partial(both, joined)
+    mesh, split = jax.sharding.Mesh(jax.devices()[:2], ("data",)), jax.sharding.PartitionSpec("data")
+    sharded = jax.shard_map(found, mesh=mesh, in_specs=(split,) * 3, out_specs=(split,) * 3)
+    for way in (jax.jit(found), jax.vmap(found), jax.jit(sharded)):
+        for a, b in zip(way(x, y, gradient), wanted, strict=True):
+            assert a.dtype == b.dtype
+            np.testing.assert_array_equal(a, b)

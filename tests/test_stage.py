@@ -9,10 +9,7 @@ import logging
 import os
 import platform
 import shutil
-import struct
-import sys
 import threading
-import time
 
 import jax
 import numpy as np
@@ -29,7 +26,7 @@ from jaxsd.models.vit import resize_positions
 from jaxsd.stage import Run, Stage, check_folder, done, plan_of, restore, run_stage, start
 from jaxsd.train import loop, optimiser, schedule
 from jaxsd.views.view import scale
-from jaxsd.workdir import locked, tensorboard, write_json
+from jaxsd.workdir import locked, write_json
 
 SOURCE = source_of(10)
 STANDARD = standardisation(SOURCE)
@@ -198,27 +195,6 @@ def test_files_of_a_stage(tmp_path):
     same(found, trained(run))  # without a folder: the same bits
     same(restore(run, SOURCE, tmp_path), found)
     assert check_folder(run, tmp_path) == []
-
-
-def test_numbers_go_to_tensorboard(tmp_path):
-    """Event by event, each framed by its length and two checksums; PyTorch is not loaded for it."""
-    loaded, found = "torch" in sys.modules, []
-    write = tensorboard(tmp_path)
-    from tensorboardX.proto.event_pb2 import Event
-
-    assert ("torch" in sys.modules) == loaded
-    for _ in range(1000):  # a thread of its own writes the file
-        write({"step": 3, "epoch": 1, "split": "train", "loss": 0.5})
-        (path,) = tmp_path.iterdir()
-        content = path.read_bytes()
-        while content:
-            (size,) = struct.unpack("<Q", content[:8])
-            event, content = Event.FromString(content[12 : 12 + size]), content[16 + size :]
-            found += [(event.step, value.tag, value.simple_value) for value in event.summary.value]
-        if found:
-            break
-        time.sleep(0.01)
-    assert set(found) == {(3, "train/loss", 0.5)}
 
 
 def test_a_finished_stage_is_not_trained_again(tmp_path):

@@ -72,7 +72,10 @@ def test_what_is_saved_is_loaded_bit_for_bit(name, tmp_path):
         assert all(file.get_tensor(key).dtype == np.float32 for key in file.keys())  # noqa: SIM118
     own = zeros((params, kept(collections)))
     found = weights.load(path, model, own[0], {**own[1], STANDARDISE: collections[STANDARDISE]})
-    assert found[1].pop(STANDARDISE)["mean"].tolist() == [np.float32(0.485), np.float32(0.456), np.float32(0.406)]
+    standard = {key: value.tolist() for key, value in found[1].pop(STANDARDISE).items()}
+    assert standard == {
+        key: np.float32(weights.fit.STANDARDS["imagenet"][at]).tolist() for at, key in enumerate(("mean", "std"))
+    }
     same(found[:2], (params, kept(collections)))
     assert len(found[2]) == len(jax.tree.leaves((params, kept(collections))))
     assert {line["action"] for line in found[2]} == {"copied"}

@@ -25,16 +25,16 @@ def main(argv: list[str]) -> int:
     """Reads the flags, then counts; returns the exit status."""
     parser = argparse.ArgumentParser(prog="python -m jaxsd.models", description="Every backbone and what it costs.")
     parser.add_argument("name", nargs="?", help="one backbone: its options, with defaults and what they are")
-    parser.add_argument("--json", action="store_true", help="print a JSON list instead of a table")
+    parser.add_argument("--json", action="store_true", help="print JSON instead")
     flags = parser.parse_args(argv)
-    from jaxsd.models.catalogue import catalogue, explained
+    from jaxsd.models.catalogue import catalogue, explained, options
 
     try:
         if flags.name is None:
             rows = catalogue()
             print(json.dumps(rows) if flags.json else table(rows))
         else:
-            print(explained(flags.name))
+            print(json.dumps(options(flags.name)) if flags.json else explained(flags.name))
         return 0
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)

@@ -62,7 +62,7 @@ def gelu(x: jax.Array) -> jax.Array:
 
 @jax.custom_vjp
 def joined(x: jax.Array, y: jax.Array) -> jax.Array:
-    """relu(x + y): how a residual branch ends.
+    """relu(x + y): how a residual branch ends; x and y of one shape and dtype. Not for forward-mode derivatives.
 
     Kept as an array, in the gradient too: a CPU would add up the whole stream of units in everything that reads it.
     """

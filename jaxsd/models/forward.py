@@ -3,6 +3,7 @@
 Everything outside `models/` sees parameters, the other collections, and two functions.
 """
 
+import contextlib
 import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple, cast
@@ -35,10 +36,13 @@ def _init(model: nn.Module, shape: tuple[int, ...], key: jax.Array) -> Tree:
 
 
 @functools.lru_cache(maxsize=64)
-def _compiled_init(model: nn.Module, shape: tuple[int, ...]) -> Callable[[jax.Array], Tree]:
+def _compiled_init(model: nn.Module, shape: tuple[int, ...], traced: bool) -> Callable[[jax.Array], Tree]:
     """Kept, since every seed and every stage draws anew."""
     init = functools.partial(_init, model, shape)
-    numbers = sum(leaf.size for leaf in jax.tree.leaves(jax.eval_shape(init, jax.random.key(0))))
+    if traced:  # the program around it has the options
+        return jax.jit(init)
+    drawn = jax.eval_shape(init, jax.random.key(0)).get("params", {})
+    numbers = sum(leaf.size for leaf in jax.tree.leaves(drawn))
     return jax.jit(init, compiler_options=compiler_options(short=numbers < FEW))
 
 
@@ -46,11 +50,14 @@ def initialise(model: nn.Module, key: jax.Array, images: jax.Array) -> tuple[Tre
     """Draws a module's parameters; returns (params, collections).
 
     images: any batch [B, H, W, C] of the shape that will be trained on. The collections hold `batch_stats` where the
-    module has them, and `standardise` with mean 0 and deviation 1, to be replaced by the training set's.
+    module has them, and `standardise` with mean 0 and deviation 1, to be replaced by the training set's. Drawn within
+    another program the numbers may differ in their last bits.
     """
-    shape = (1, *images.shape[1:])
-    traced = isinstance(key, Tracer)  # within another program, which has the options
-    variables = _init(model, shape, key) if traced else _compiled_init(model, shape)(key)
+    traced = isinstance(key, Tracer)
+    init = _compiled_init(model, (1, *images.shape[1:]), traced)
+    # Of a key that is known the numbers are too, even where another program is being traced.
+    with contextlib.nullcontext() if traced else jax.ensure_compile_time_eval():
+        variables = init(key)
     collections = {name: tree for name, tree in variables.items() if name not in ("params", "perturbations")}
     channels = images.shape[-1]
     collections[STANDARDISE] = {"mean": jnp.zeros(channels), "std": jnp.ones(channels)}

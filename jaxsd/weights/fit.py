@@ -92,8 +92,8 @@ def load(
     is another keeps them too. Names are timm's, torchvision's (of ResNets, VGGs and AlexNet) or Keras' (VGG-16).
     Adapted to the network are: the first convolution to another number of channels (one: the sum over red, green and
     blue; else these over and over, times 3 / channels), position tables to another grid, and for "caffe" blue first to
-    red first. Floats become float32. A standardisation in `collections` becomes that of the file's network, so that
-    `forward` takes images in [0, 1].
+    red first. Floats become float32. A standardisation in `collections` becomes that of the file's network (but for
+    "data"), so that `forward` takes images in [0, 1].
 
     Returns:
       (params, collections, [{"tensor", "action": copied | adapted | fresh | dropped, "shape", "from", "note"}, ..]), a
@@ -125,7 +125,7 @@ def load(
     for name in [name for name in tensors if name not in used]:
         lines.append({"tensor": name, "action": "dropped", "shape": list(tensors[name].shape)})
     tree = traverse_util.unflatten_dict(result)
-    if STANDARDISE in collections:
+    if STANDARDISE in collections and source.standardise != "data":
         own = collections[STANDARDISE]
         mean, std = source.standard((own["mean"], own["std"]))
         tree[STANDARDISE] = {"mean": jnp.asarray(mean), "std": jnp.asarray(std)}
